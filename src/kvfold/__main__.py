@@ -1,0 +1,7 @@
+"""`python -m kvfold`."""
+
+import sys
+
+from kvfold.cli import main
+
+sys.exit(main())

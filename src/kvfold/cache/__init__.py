@@ -1,0 +1,1 @@
+"""The compressed cache: layers, positions, growing buffers, and its file."""

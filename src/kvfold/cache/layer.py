@@ -1,0 +1,289 @@
+"""One layer of the compressed cache: sinks and a recent window exact, everything between as codes.
+
+How many slots are coded depends only on how many there are: with `n` tokens, `s` sinks, a window of `w` and blocks of
+`k`, slots `s .. s + k * floor((n - s - w) / k) - 1`. Every query of a forward pass reads the cache as it would have been
+had its tokens come one by one, so a prompt gives the same result whole, in chunks, or token by token. A block is coded
+once, when it leaves the window of the pass's last query.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvfold import ops
+from kvfold.cache.positions import Positions
+from kvfold.cache.store import CodeStore
+from kvfold.cache.view import CacheView, CodedPiece
+from kvfold.codecs import Codec
+from kvfold.codecs.base import non_finite
+from kvfold.codes import Codes
+from kvfold.compat import CacheLayerMixin
+from kvfold.config import RopeSpec
+from kvfold.errors import InputError
+
+
+class CodedLayer(CacheLayerMixin):
+    """A transformers cache layer whose past is codes. `update` returns a `CacheView` as key and as value.
+
+    Args:
+        key_codec, value_codec: fitted codecs of this layer.
+        rope: this layer's RoPE, needed if the key codec is pre-RoPE.
+        positions: the cache's positions, shared by its layers.
+        kv_heads: `G`.
+        sinks: first tokens kept exact.
+        window: newest tokens kept exact, at least; up to `block - 1` more wait until a block is full.
+        block: tokens coded together.
+        limit: tokens that will never be exceeded, if known.
+    """
+
+    is_sliding = False
+    is_croppable = True
+    is_compileable = False
+
+    def __init__(
+        self,
+        key_codec: Codec,
+        value_codec: Codec,
+        rope: RopeSpec | None,
+        positions: Positions,
+        kv_heads: int,
+        sinks: int,
+        window: int,
+        block: int,
+        limit: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.key_codec, self.value_codec = key_codec, value_codec
+        self.sinks, self.window, self.block = sinks, window, block
+        self.kv_heads = kv_heads
+        self.rope = rope if key_codec.pre_rope else None
+        self._factor = rope.factor if rope else 1.0
+        self._interleaved = bool(rope and rope.interleaved)
+        self._positions = positions
+        self._limit = limit
+        self.record_past = False
+        self._clear()
+
+    def _clear(self) -> None:
+        self.is_initialized = False
+        self.length = 0
+        self.key_store, self.value_store = CodeStore(self._limit), CodeStore(self._limit)
+        self.exact: dict[str, Tensor] = {}  # sink_keys, sink_values, keys, values (the tail), each [B, G, T, D]
+        self._tail_start = self.sinks  # slot of the first token of the tail
+        self._inv_freq: list[Tensor] = []
+        self._undo: tuple[int, int, int, dict[str, Tensor]] | None = None
+
+    # -- what transformers calls -------------------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.device, self.dtype = key_states.device, key_states.dtype
+        for name, tensor in (("keys", key_states), ("values", value_states)):
+            self.exact[name] = tensor[:, :, :0]
+            self.exact["sink_" + name] = tensor[:, :, :0]
+        rows = self.rope.inv_freq if self.rope else ()
+        self._inv_freq = [torch.tensor(row, dtype=torch.float32, device=self.device) for row in rows]
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Store post-RoPE keys and values `[B, G, Q, D]`; returns the view for this pass, twice.
+
+        Raises:
+            InputError: wrong KV heads or head dim, NaN or Inf, or a call outside `kvfold.attach`.
+        """
+        batch, heads, queries, dim = key_states.shape
+        if (heads, dim) != (self.kv_heads, self.key_codec.head_dim):
+            raise InputError(
+                f"{self.kv_heads} KV heads of dim {self.key_codec.head_dim}",
+                f"{heads} of dim {dim}",
+                "use the codec with the model it was calibrated for",
+            )
+        if not bool(torch.isfinite(key_states).all() & torch.isfinite(value_states).all()):
+            raise non_finite()
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        old = self.length
+        self._positions.commit(old + queries, batch)
+        self._undo = (old, self.coded, self._tail_start, dict(self.exact))
+        self.length = old + queries
+        for name, new in (("keys", key_states), ("values", value_states)):
+            to_sinks = max(0, min(self.sinks, self.length) - old)
+            if to_sinks:
+                self.exact["sink_" + name] = torch.cat((self.exact["sink_" + name], new[:, :, :to_sinks]), 2)
+            self.exact[name] = torch.cat((self.exact[name], new[:, :, to_sinks:]), 2)
+        before = self.coded
+        self._encode_until(self._boundary(self.length))
+        boundaries = self._boundaries(old, before) if queries > 1 and self.coded > before else None
+        if not self.record_past and boundaries is None:
+            self._trim()
+        view = self._view(boundaries)
+        if not self.record_past:
+            self._trim()
+        return view, view
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        return -1
+
+    def activate_past_recording(self) -> None:
+        """Keep the exact tokens of a pass until `crop`, so that a rollback (assisted decoding) leaves no trace."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest `-tokens_to_remove` tokens. Tokens that exist only as codes stay codes."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes minus the number of tokens to remove, not {tokens_to_remove}")
+        if not self.is_initialized:
+            return
+        self.length = max(0, self.length + tokens_to_remove)
+        for name in ("keys", "values"):
+            self.exact["sink_" + name] = self.exact["sink_" + name][:, :, : self.length]
+            self.exact[name] = self.exact[name][:, :, : max(0, self.length - self._tail_start)]
+        coded = max(min(self._boundary(self.length), self.coded), min(self._tail_start, self.length))
+        self.key_store.crop(coded - self.sinks)
+        self.value_store.crop(coded - self.sinks)
+        self._tail_start = max(self.sinks, min(self._tail_start, self.length))
+        self._trim()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.map_batch(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.map_batch(lambda t: t.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.map_batch(lambda t: t[indices])
+
+    def reset(self) -> None:
+        self._clear()
+
+    def offload(self) -> None:
+        """Move what is stored to the CPU."""
+        self.map_batch(lambda t: t.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Move it back to the device it came from."""
+        if self.is_initialized:
+            self.map_batch(lambda t: t.to(self.device, non_blocking=True))
+
+    # -- what kvfold calls -------------------------------------------------------------------------------------------
+
+    @property
+    def coded(self) -> int:
+        """Slots `sinks..coded-1` are codes."""
+        return self.sinks + self.key_store.tokens
+
+    def map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Apply `function` to everything stored; it may change batch axis or device, nothing else."""
+        self.key_store.map(function)
+        self.value_store.map(function)
+        self.exact = {name: function(tensor) for name, tensor in self.exact.items()}
+
+    def end_pass(self, failed: bool) -> None:
+        """The forward pass is over. If it failed, whatever it stored in this layer is taken back."""
+        if failed and self._undo is not None:
+            self.length, coded, self._tail_start, self.exact = self._undo
+            self.key_store.crop(coded - self.sinks)
+            self.value_store.crop(coded - self.sinks)
+        self._undo = None
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes of the tokens alive, by kind: the codes' fields, and "exact" for uncompressed tokens."""
+        sizes = {"exact": sum(t.numel() * t.element_size() for t in self.exact.values())}
+        for store in (self.key_store, self.value_store):
+            codes = store.codes()
+            for name, tensor in (codes.fields if codes else {}).items():
+                sizes[name] = sizes.get(name, 0) + tensor.numel() * tensor.element_size()
+        return sizes
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of the buffers, room for growth included."""
+        exact = sum(t.numel() * t.element_size() for t in self.exact.values())
+        return exact + self.key_store.allocated_bytes + self.value_store.allocated_bytes
+
+    def load(self, length: int, exact: dict[str, Tensor], keys: Codes | None, values: Codes | None) -> None:
+        """Take over the state of a saved layer (see `CompressedCache.save`)."""
+        self._clear()
+        self.lazy_initialization(exact["keys"], exact["values"])
+        self.length, self.exact = length, exact
+        if keys is not None and values is not None:
+            self.key_store.append(keys)
+            self.value_store.append(values)
+        self._tail_start = self.coded
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _boundary(self, length: int) -> int:
+        """First slot behind the coded ones when there are `length` tokens; `sinks` if none is coded."""
+        return self.sinks + max(0, length - self.sinks - self.window) // self.block * self.block
+
+    def _boundaries(self, old: int, before: int) -> Tensor:
+        lengths = torch.arange(old + 1, self.length + 1, device=self.device)
+        due = self.sinks + (lengths - self.sinks - self.window).clamp_min(0) // self.block * self.block
+        return due.clamp_min(before)
+
+    def _encode_until(self, boundary: int) -> None:
+        start = self.coded
+        if boundary <= start:
+            return
+        chosen = slice(start - self._tail_start, boundary - self._tail_start)
+        keys = self.exact["keys"][:, :, chosen]
+        if self.rope:
+            pieces = [
+                ops.unrotate(keys[:, :, a - start : b - start], *self._rotation(a, b, regime))
+                for a, b, regime in self._positions.regimes(start, boundary)
+            ]
+            keys = torch.cat(pieces, 2)
+        key_codes = self.key_codec.encode(keys)
+        value_codes = self.value_codec.encode(self.exact["values"][:, :, chosen])
+        self.key_store.append(key_codes)
+        self.value_store.append(value_codes)
+
+    def _trim(self) -> None:
+        """Drop exact copies of coded tokens; the copy lets go of the pass's large tensors."""
+        extra = self.coded - self._tail_start
+        if extra > 0:
+            for name in ("keys", "values"):
+                self.exact[name] = self.exact[name][:, :, extra:].clone()
+            self._tail_start = self.coded
+
+    def _view(self, boundaries: Tensor | None) -> CacheView:
+        skip = 0 if boundaries is not None else self.coded - self._tail_start
+        keys = torch.cat((self.exact["sink_keys"], self.exact["keys"][:, :, skip:]), 2)
+        values = torch.cat((self.exact["sink_values"], self.exact["values"][:, :, skip:]), 2)
+        sinks = self.exact["sink_keys"].shape[2]
+        start = self._tail_start + skip
+        return CacheView(self.key_codec, self.value_codec, self._pieces(), keys, values, sinks, start, self.length, boundaries)
+
+    def _pieces(self) -> list[CodedPiece]:
+        keys, values = self.key_store.codes(), self.value_store.codes()
+        if keys is None or values is None or not keys.tokens:
+            return []
+        if not self.rope:
+            return [CodedPiece(self.sinks, self.coded, keys, values, None)]
+        return [
+            CodedPiece(
+                a,
+                b,
+                keys.slice(a - self.sinks, b - self.sinks),
+                values.slice(a - self.sinks, b - self.sinks),
+                ops.Rotation(*self._rotation(a, b, regime)),
+            )
+            for a, b, regime in self._positions.regimes(self.sinks, self.coded)
+        ]
+
+    def _rotation(self, start: int, stop: int, regime: int) -> tuple[Tensor, Tensor, float, bool]:
+        positions = self._positions.slots(start, stop)
+        return positions, self._inv_freq[regime], self._factor, self._interleaved

@@ -1,0 +1,48 @@
+"""What a coded layer hands to the attention function in place of dense keys and values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kvfold import ops
+from kvfold.codecs import Codec
+from kvfold.codes import Codes
+
+
+@dataclass(frozen=True)
+class CodedPiece:
+    """Coded slots `start..stop-1` whose keys are rotated alike (None: they are stored rotated, or the model has no RoPE)."""
+
+    start: int
+    stop: int
+    keys: Codes
+    values: Codes
+    rotation: ops.Rotation | None
+
+
+@dataclass(frozen=True)
+class CacheView:
+    """One layer's keys and values as seen by one forward pass.
+
+    Attributes:
+        key_codec, value_codec: decode `pieces`.
+        pieces: the coded past, in order; empty if nothing is coded yet.
+        keys, values: exact tokens `[B, G, E, D]`: the sinks, then slots `exact_start..length-1`.
+        sinks: how many of the exact tokens are sinks (slots `0..sinks-1`).
+        exact_start: slot of the first exact token behind the sinks.
+        length: slots in all, those of this pass included.
+        boundaries: int64 `[Q]` or None. Query `i` reads slots below `boundaries[i]` as codes and the others exactly;
+            None: every query reads every exact token exactly and codes for the rest.
+    """
+
+    key_codec: Codec
+    value_codec: Codec
+    pieces: list[CodedPiece]
+    keys: Tensor
+    values: Tensor
+    sinks: int
+    exact_start: int
+    length: int
+    boundaries: Tensor | None

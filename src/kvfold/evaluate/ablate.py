@@ -1,0 +1,139 @@
+"""The paper's ablations on any model: codebook size by depth, channel grouping, which side is coded.
+
+Tables 1 and 2 of A. Kumar, arXiv 2410.15704, with perplexity through the cache in place of task scores. Greedy stages do
+not depend on later ones, so one calibration of the deepest codec serves every depth, and one of both sides serves each
+side alone; that is what keeps an ablation to a few calibrations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kvfold.calibrate import calibrate
+from kvfold.codecs import Side
+from kvfold.codecs.artifact import CodecSet
+from kvfold.errors import InputError
+from kvfold.evaluate.evaluate import Evaluation, evaluate
+
+_DEPTHS = (4, 6, 8)
+_SIZES = (1024, 2048)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of an ablation: `calibration` settings are fitted once per distinct value, `change` is applied to the result."""
+
+    name: str
+    calibration: dict[str, Any]
+    change: Callable[[CodecSet], CodecSet]
+
+
+@dataclass(frozen=True)
+class AblationRow:
+    """A variant's result: `rate` is code bits an element as the paper counts, `evaluation` everything measured."""
+
+    name: str
+    settings: dict[str, Any]
+    rate: float
+    evaluation: Evaluation
+
+    def to_json(self) -> dict[str, Any]:
+        ratio = self.evaluation.perplexity_ratio
+        row = {"name": self.name, "settings": self.settings, "rate": self.rate, "perplexity_ratio": ratio}
+        return row | asdict(self.evaluation)
+
+
+def _same(codecs: CodecSet) -> CodecSet:
+    return codecs
+
+
+def _stages(stages: int) -> Callable[[CodecSet], CodecSet]:
+    return lambda codecs: codecs.with_stages(stages)
+
+
+def _only(side: Side) -> Callable[[CodecSet], CodecSet]:
+    return lambda codecs: codecs.only(side)
+
+
+def _contiguous(group: int = 32) -> dict[str, Any]:
+    return {"group": group, "key_groups": "contiguous"}
+
+
+ABLATIONS: dict[str, tuple[str, list[Variant]]] = {
+    "size": (
+        "codewords by stages (paper, table 2)",
+        [Variant(f"{size} x {depth}", {"codebook_size": size}, _stages(depth)) for size in _SIZES for depth in _DEPTHS],
+    ),
+    "grouping": (
+        "channels of a group (paper, table 1 and section 4)",
+        [
+            Variant("keys strided, group 32", {}, _only("key")),
+            Variant("keys contiguous, group 32", _contiguous(), _only("key")),
+            Variant("keys and values, group 32", {}, _same),
+            Variant("keys and values, group 64", {"group": 64}, _same),
+        ],
+    ),
+    "target": (
+        "what is coded (paper, table 1)",
+        [
+            Variant("keys only", {}, _only("key")),
+            Variant("values only", {}, _only("value")),
+            Variant("keys and values", {}, _same),
+        ],
+    ),
+}
+
+
+def ablate(
+    model: Any,
+    tokenizer: Any,
+    what: str,
+    calibration_text: Sequence[str] | str | None,
+    text: Sequence[str] | str,
+    *,
+    codec: str = "rvq-paper",
+    settings: dict[str, Any] | None = None,
+    seed: int = 0,
+    tokens: int = 32768,
+    context: int = 2048,
+    windows: int = 8,
+    each: Callable[[AblationRow], None] = lambda row: None,
+    quiet: bool = False,
+) -> list[AblationRow]:
+    """Rows of one ablation, in the paper's order.
+
+    Args:
+        what: a key of `ABLATIONS`.
+        calibration_text, tokens, seed: as in `kvfold.calibrate`.
+        text, context, windows: as in `evaluate`; every token is coded (sinks 0, window 0), the paper's protocol.
+        codec: residual method whose defaults the variants change; `settings` are changed in all of them.
+        each: called with every row as it is done.
+
+    Raises:
+        InputError: unknown ablation, or bad input to calibration or evaluation.
+    """
+    if what not in ABLATIONS:
+        raise InputError(f"an ablation among {', '.join(ABLATIONS)}", repr(what), "choose one of these")
+    fitted: dict[str, CodecSet] = {}
+    rows = []
+    for variant in ABLATIONS[what][1]:
+        chosen = {**(settings or {}), **variant.calibration}
+        key = repr(sorted(chosen.items()))
+        if key not in fitted:
+            fitted[key] = calibrate(
+                model, tokenizer, calibration_text, codec, seed, tokens=tokens, settings=chosen, quiet=quiet
+            )
+        codecs = variant.change(fitted[key])
+        result = evaluate(model, tokenizer, codecs, text, context=context, windows=windows, quiet=quiet)
+        row = AblationRow(variant.name, codecs.settings, _rate(codecs), result)
+        each(row)
+        rows.append(row)
+    return rows
+
+
+def _rate(codecs: CodecSet) -> float:
+    """Bits of codes an element of a coded side, without scales: the paper's rate, `stages * log2(C) / group`."""
+    settings = codecs.settings
+    return settings["stages"] * (settings["codebook_size"] - 1).bit_length() / settings["group"]

@@ -1,0 +1,106 @@
+"""Methods by name and their settings (`kvfold/codecs/__init__.py`)."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvfold.codecs import KINDS, METHODS, build_codec, method, resolve_settings
+from kvfold.errors import InputError
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_builds_codecs_that_can_be_restored(name: str) -> None:
+    settings = resolve_settings(name, {}, 64)
+    assert settings == METHODS[name].defaults
+    for side in ("key", "value"):
+        codec = build_codec(name, side, 64, settings)
+        assert KINDS[codec.kind] is type(codec)
+        assert type(codec).restore(64, codec.settings(), codec.tensors()).settings() == codec.settings()
+        assert not (side == "value" and codec.pre_rope)
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "dim", "bits"),
+    [
+        ("rvq-paper", "key", 128, 2.875),
+        ("rvq-paper", "value", 64, 3.0),
+        ("rvq", "key", 64, 2.25),
+        ("identity", "key", 64, 32.0),
+    ],
+)
+def test_bits_of_the_presets(name: str, side: str, dim: int, bits: float) -> None:
+    assert build_codec(name, side, dim, resolve_settings(name, {}, dim)).bits_per_element == bits
+
+
+def test_sides_and_rope_follow_the_settings() -> None:
+    settings = resolve_settings("rvq", {"rope": "post", "key_groups": "contiguous", "value_groups": "strided", "beam": "4"}, 64)
+    key, value = (build_codec("rvq", side, 64, settings) for side in ("key", "value"))
+    assert (key.pre_rope, key.settings()["grouping"], key.settings()["beam"]) == (False, "contiguous", 4)
+    assert (value.pre_rope, value.settings()["grouping"]) == (False, "strided")
+    assert build_codec("rvq", "key", 64, resolve_settings("rvq", {}, 64)).pre_rope
+
+
+@given(
+    bits=st.floats(0.3, 12),
+    dim=st.sampled_from([16, 64, 80, 128]),
+    group=st.sampled_from([1, 2, 8, 16]),
+    size=st.sampled_from([2, 3, 256, 2048, 65536]),
+)
+def test_bits_choose_the_most_stages_that_fit(bits: float, dim: int, group: int, size: int) -> None:
+    changes = {"group": group, "codebook_size": size}
+
+    def cost(stages: int) -> float:
+        return build_codec("rvq", "key", dim, resolve_settings("rvq", {**changes, "stages": stages}, dim)).bits_per_element
+
+    if cost(1) > bits:
+        with pytest.raises(InputError, match="bits of at least"):
+            resolve_settings("rvq", {**changes, "bits": bits}, dim)
+    else:
+        stages = resolve_settings("rvq", {**changes, "bits": bits}, dim)["stages"]
+        assert cost(stages) <= bits + 1e-9
+        assert cost(stages + 1) > bits
+
+
+@pytest.mark.parametrize(
+    ("bits", "dim", "stages"), [("2.25", 64, 8), ("3.0", 64, 11), (1.25, 64, 4), (2.125, 128, 8), (3, 64, 11)]
+)
+def test_bits_of_the_table(bits: str | float, dim: int, stages: int) -> None:
+    assert resolve_settings("rvq", {"bits": bits}, dim)["stages"] == stages
+
+
+BAD = {
+    "an unknown method": ("svd", {}),
+    "an unknown setting": ("rvq", {"colour": 3}),
+    "bits of a method without stages": ("identity", {"bits": 2}),
+    "stages of a method without": ("identity", {"stages": 2}),
+    "text for a number": ("rvq", {"stages": "many"}),
+    "a fraction for a whole number": ("rvq", {"stages": 2.5}),
+    "nothing for a number": ("rvq", {"stages": None}),
+    "a wrong choice": ("rvq", {"rope": "during"}),
+    "another wrong choice": ("rvq", {"value_groups": "Strided"}),
+    "too few bits": ("rvq", {"bits": 0.4}),
+    "bits that are no number": ("rvq", {"bits": "nan"}),
+    "bits without end": ("rvq", {"bits": "inf"}),
+    "text for bits": ("rvq", {"bits": "few"}),
+    "bits with no group": ("rvq", {"bits": 2, "group": 0}),
+    "bits with a group too large": ("rvq", {"bits": 2, "group": 128}),
+    "bits with a codebook of one": ("rvq", {"bits": 2, "codebook_size": 1}),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_settings_are_refused_in_three_parts(case: str) -> None:
+    with pytest.raises(InputError, match=r"expected .+; got .+; .+\."):
+        resolve_settings(*BAD[case], 64)
+
+
+def test_an_unknown_dtype_is_refused() -> None:
+    with pytest.raises(InputError, match="float32, float16, bfloat16; got 'int8'"):
+        build_codec("identity", "key", 64, resolve_settings("identity", {"dtype": "int8"}, 64))
+
+
+def test_other_names_are_told() -> None:
+    with pytest.raises(InputError, match="rvq, rvq-paper, identity"):
+        method("svd")

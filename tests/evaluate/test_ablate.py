@@ -1,0 +1,82 @@
+"""Ablations: the paper's rows, and the shortcuts that make them cheap."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small import codec_set, fit, samples
+from tiny import tiny_model, tiny_tokenizer
+
+import kvfold
+from kvfold.calibrate.text import builtin_text
+from kvfold.codecs.identity import IdentityCodec
+from kvfold.evaluate.ablate import ABLATIONS, ablate
+
+SMALL = {"group": 4, "stages": 8, "iterations": 2, "codebook_size": 16}
+
+
+def run(what: str, **how) -> list:
+    texts = builtin_text()
+    sizes = {"tokens": 3000, "context": 64, "windows": 2, "quiet": True, "codec": "rvq", "settings": SMALL, **how}
+    return ablate(tiny_model("llama"), tiny_tokenizer(), what, texts[:40], texts[-1], **sizes)
+
+
+def test_fewer_stages_are_a_prefix_of_the_codes() -> None:
+    whole, x = fit("rvq"), samples(seed=5)[None]
+    first = whole.with_stages(2)
+    torch.testing.assert_close(first.indices(first.encode(x)), whole.indices(whole.encode(x))[..., :2, :], rtol=0, atol=0)
+    assert first.codebook_bytes == whole.codebook_bytes * 2 // 3
+    assert codec_set().with_stages(2).bits_per_element < codec_set().bits_per_element
+
+
+@pytest.mark.parametrize("stages", [0, 4])
+def test_stages_out_of_range_are_told(stages: int) -> None:
+    with pytest.raises(kvfold.InputError, match="1 to 3 stages"):
+        codec_set().with_stages(stages)
+    with pytest.raises(kvfold.InputError, match="residual"):
+        codec_set("identity").with_stages(1)
+
+
+@pytest.mark.parametrize("side", ["key", "value"])
+def test_one_side_alone_leaves_the_other_exact(side: str) -> None:
+    whole = codec_set()
+    alone = whole.only(side)
+    kept, other = (alone.keys, alone.values) if side == "key" else (alone.values, alone.keys)
+    assert kept == (whole.keys if side == "key" else whole.values)
+    assert [type(codec) for codec in other if codec is not None] == [IdentityCodec] * 2
+    assert alone.bits_per_element == (whole.bits_per_element + 32) / 2
+
+
+def test_size_rows_are_the_papers_and_deeper_is_better() -> None:
+    rows = run("size", settings={**SMALL, "group": 16})  # 1024 and 2048 codewords
+    assert [row.name for row in rows] == ["1024 x 4", "1024 x 6", "1024 x 8", "2048 x 4", "2048 x 6", "2048 x 8"]
+    assert [row.rate for row in rows] == [depth * bits / 16 for bits in (10, 11) for depth in (4, 6, 8)]
+    kl = [row.evaluation.kl_mean for row in rows]
+    assert kl[0] > kl[1] > kl[2]
+    assert kl[3] > kl[4] > kl[5]
+
+
+def test_target_rows_lose_less_than_both_together() -> None:
+    keys, values, both = (row.evaluation.kl_mean for row in run("target"))
+    assert 0 < keys < both
+    assert 0 < values < both
+
+
+def test_rows_are_told_one_by_one_and_carry_what_was_measured() -> None:
+    seen: list[str] = []
+    rows = run("target", each=lambda row: seen.append(row.name))
+    assert seen == [row.name for row in rows]
+    data = rows[2].to_json()
+    assert data["perplexity_ratio"] == data["perplexity"] / data["perplexity_exact"]
+    assert data["settings"]["stages"] == 8
+
+
+def test_every_ablation_has_its_title_and_rows() -> None:
+    for title, variants in ABLATIONS.values():
+        assert "paper" in title
+        assert len({variant.name for variant in variants}) == len(variants) > 1
+
+
+def test_an_unknown_ablation_is_told() -> None:
+    with pytest.raises(kvfold.InputError, match="grouping"):
+        run("depth")

@@ -1,0 +1,154 @@
+"""Laws of attention on codes, for every backend, against softmax attention in float64 on the decoded vectors."""
+
+from __future__ import annotations
+
+import pytest
+import reference
+import torch
+from torch import Tensor
+
+from kvfold import ops
+from kvfold.ops.attend import naive
+from kvfold.packing import pack
+
+RELATIVE_ERROR = 1e-5  # of the largest element of the output; lse: absolute
+
+
+def coded(batch: int, heads: int, tokens: int, dim: int = 16, group: int = 8, size: int = 20, stages: int = 3) -> ops.Coded:
+    groups, bits = dim // group, (size - 1).bit_length()
+    packed = pack(torch.randint(size, (batch, heads, tokens, stages * groups)), bits)
+    book = torch.randint(stages + 1, (stages, heads, groups))
+    scale = (torch.rand(batch, heads, tokens, 1) + 0.5).half()
+    codebooks = torch.randn(stages + 1, size, group).half()
+    return ops.Coded(packed, scale, codebooks, book, torch.randperm(dim).view(groups, group), bits)
+
+
+def masks(kind: str, batch: int, queries: int, tokens: int) -> Tensor | None:
+    if kind == "none":
+        return None
+    if kind == "causal":
+        return (torch.arange(tokens) <= torch.arange(queries)[:, None] + tokens - queries)[None, None]
+    mask = torch.rand(batch, 1, queries, tokens) < 0.3
+    mask[:, :, ::3] = False
+    mask[0, :, :, : tokens // 2] = False
+    return mask
+
+
+def check(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+    (out, lse), (right, right_lse) = got, expected
+    assert (out.dtype, lse.dtype) == (torch.float32, torch.float32)
+    assert out.shape == right.shape
+    assert float((out - right).abs().max()) <= RELATIVE_ERROR * float(right.abs().max())
+    blind = right_lse == -torch.inf
+    assert torch.equal(lse == -torch.inf, blind)
+    assert not out[blind].any()
+    assert torch.allclose(lse[~blind].double(), right_lse[~blind], rtol=0, atol=RELATIVE_ERROR)
+
+
+@pytest.mark.parametrize("kind", ["none", "causal", "random"])
+@pytest.mark.parametrize("queries", [1, 5, 600])
+@pytest.mark.parametrize("tokens", [1, 63, 1000, 1500])
+def test_attention_is_softmax_over_the_decoded_keys(backend: str, tokens: int, queries: int, kind: str) -> None:
+    batch = 1 if queries > 5 else 2
+    query, key, value = torch.randn(batch, 2, queries, 16), coded(batch, 2, tokens), coded(batch, 2, tokens)
+    mask = masks(kind, batch, queries, tokens)
+    got = ops.attend(query, key, value, None, mask, 0.25, backend=backend)
+    check(got, reference.attention(query, reference.decoded(key), reference.decoded(value), mask, 0.25))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (3, 1), (6, 2), (3, 3)])
+@pytest.mark.parametrize("kind", ["none", "random"])
+def test_query_heads_share_the_keys_of_their_kv_head(backend: str, heads: int, kv_heads: int, kind: str) -> None:
+    query, key, value = torch.randn(2, heads, 5, 16), coded(2, kv_heads, 63), coded(2, kv_heads, 63, group=4, size=300)
+    mask = masks(kind, 2, 5, 63)
+    got = ops.attend(query, key, value, None, mask, 0.3, backend=backend)
+    check(got, reference.attention(query, reference.decoded(key), reference.decoded(value), mask, 0.3))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rotary", [16, 6])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_keys_before_rope_are_rotated_to_their_own_positions(backend: str, rotary: int, rows: int, interleaved: bool) -> None:
+    tokens = 1100
+    query, key, value = torch.randn(2, 2, 5, 16), coded(2, 2, tokens), coded(2, 2, tokens)
+    positions = (torch.arange(tokens) - torch.tensor([[0], [7]])[:rows]).clamp_min(0)
+    rotation = ops.Rotation(positions, 100.0 ** -torch.linspace(0, 1, rotary // 2), 1.3, interleaved)
+    got = ops.attend(query, key, value, rotation, None, 0.25, backend=backend)
+    keys = reference.rotated(reference.decoded(key), *rotation)
+    right, right_lse = reference.attention(query, keys, reference.decoded(value), None, 0.25)
+    assert float((got[0] - right).abs().max()) <= 1e-3 * float(right.abs().max())  # angles up to 1100 in float32
+    assert torch.allclose(got[1].double(), right_lse, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("softcap", [2.0, 50.0])
+@pytest.mark.parametrize("kind", ["none", "random"])
+def test_scores_are_capped_before_the_mask(backend: str, softcap: float, kind: str) -> None:
+    query, key, value = torch.randn(2, 2, 5, 16) * 3, coded(2, 2, 63), coded(2, 2, 63)
+    mask = masks(kind, 2, 5, 63)
+    got = ops.attend(query, key, value, None, mask, 0.5, softcap, backend)
+    check(got, reference.attention(query, reference.decoded(key), reference.decoded(value), mask, 0.5, softcap))
+
+
+@pytest.mark.parametrize("visible", [True, False])
+def test_values_may_have_another_dim_than_keys(backend: str, visible: bool) -> None:
+    query, key, value = torch.randn(2, 2, 5, 16), coded(2, 2, 30), coded(2, 2, 30, dim=24)
+    mask = torch.full((1, 1, 5, 30), visible)
+    got = ops.attend(query, key, value, None, mask, 0.25, backend=backend)
+    check(got, reference.attention(query, reference.decoded(key), reference.decoded(value), mask, 0.25))
+
+
+@pytest.mark.parametrize("tokens", [0, 3, 1500])
+def test_who_sees_nothing_gets_zero_and_minus_infinity(backend: str, tokens: int) -> None:
+    query, key, value = torch.randn(2, 4, 3, 16), coded(2, 2, tokens), coded(2, 2, tokens)
+    out, lse = ops.attend(query, key, value, None, torch.zeros(2, 1, 3, tokens, dtype=torch.bool), 0.25, backend=backend)
+    assert torch.equal(out, torch.zeros(2, 4, 3, 16))
+    assert torch.equal(lse, torch.full((2, 4, 3), -torch.inf))
+
+
+def test_large_scores_do_not_overflow(backend: str) -> None:
+    query, key, value = torch.randn(1, 1, 2, 16) * 1e3, coded(1, 1, 1100), coded(1, 1, 1100)
+    out, lse = ops.attend(query, key, value, None, None, 10.0, backend=backend)
+    keys, values = reference.decoded(key), reference.decoded(value)
+    right, right_lse = reference.attention(query, keys, values, None, 10.0)
+    assert torch.allclose(out.double(), right, atol=1e-4)
+    assert torch.allclose(lse.double(), right_lse, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_queries_are_attended_in_float32(backend: str, dtype: torch.dtype) -> None:
+    query, key, value = torch.randn(1, 2, 5, 16).to(dtype), coded(1, 2, 63), coded(1, 2, 63)
+    got = ops.attend(query, key, value, None, None, 0.25, backend=backend)
+    check(got, reference.attention(query, reference.decoded(key), reference.decoded(value), None, 0.25))
+
+
+def test_masked_keys_are_never_looked_at(backend: str) -> None:
+    query, key, value = torch.randn(1, 2, 5, 16), coded(1, 2, 90), coded(1, 2, 90)
+    mask = (torch.arange(90) < 40).expand(1, 1, 5, 90)
+    first = [ops.Coded(side.packed[:, :, :40], side.scale[:, :, :40], *side[2:]) for side in (key, value)]
+    out, lse = ops.attend(query, key, value, None, mask, 0.25, backend=backend)
+    alone, alone_lse = ops.attend(query, *first, None, None, 0.25, backend=backend)
+    assert torch.allclose(out, alone, atol=1e-6)
+    assert torch.allclose(lse, alone_lse, atol=1e-6)
+
+
+def test_tiles_that_no_query_may_see_are_not_read() -> None:
+    read_at = []
+
+    def read(start: int, stop: int) -> tuple[Tensor, Tensor]:
+        read_at.append(start)
+        return torch.zeros(1, 1, stop - start, 16), torch.zeros(1, 1, stop - start, 16)
+
+    mask = torch.zeros(1, 1, 2, 5 * naive._KEY_TILE, dtype=torch.bool)
+    mask[0, 0, 1, [naive._KEY_TILE, 4 * naive._KEY_TILE - 1]] = True
+    ops.attend_tiles(torch.randn(1, 1, 2, 16), read, mask.shape[-1], mask, 1.0)
+    assert read_at == [naive._KEY_TILE, 3 * naive._KEY_TILE]
+
+
+def test_the_tiles_of_the_past_do_not_show(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, value = torch.randn(2, 2, 9, 16), coded(2, 2, 40), coded(2, 2, 40)
+    mask = masks("causal", 2, 9, 40)
+    whole = ops.attend(query, key, value, None, mask, 0.25, backend=backend)
+    monkeypatch.setattr(naive, "_KEY_TILE", 7)
+    monkeypatch.setattr(naive, "_QUERY_TILE", 4)
+    for got, right in zip(ops.attend(query, key, value, None, mask, 0.25, backend=backend), whole, strict=True):
+        assert torch.allclose(got, right, atol=1e-6)

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import pytest
+
+from kvfold import ops
+from kvfold.errors import InputError
+from kvfold.ops.attend import naive as naive_attend
+from kvfold.ops.decode import naive as naive_decode
+from kvfold.ops.encode import naive as naive_encode
+
+NAIVE = {"encode": naive_encode.encode, "decode": naive_decode.decode, "attend": naive_attend.attend}
+OPS = pytest.mark.parametrize("op", NAIVE)
+MISSING = {"cpu": "native CPU ops", "gpu": "Triton", "fpga": "no backend of that name"}
+MISSING = {name: why for name, why in MISSING.items() if name not in ops.available_backends()}
+
+
+@OPS
+def test_naive_can_always_be_forced(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ops.select(op, "naive") is NAIVE[op]
+    monkeypatch.setenv("KVFOLD_BACKEND", "naive")
+    assert ops.select(op) is NAIVE[op]
+
+
+@OPS
+@pytest.mark.parametrize("name", MISSING)
+def test_a_forced_backend_that_is_missing_raises_and_says_why(op: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=MISSING[name]):
+        ops.select(op, name)
+    monkeypatch.setenv("KVFOLD_BACKEND", name)
+    with pytest.raises(InputError, match=MISSING[name]):
+        ops.select(op)
+
+
+@OPS
+def test_the_argument_goes_before_the_environment(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVFOLD_BACKEND", "fpga")
+    assert ops.select(op, "naive") is NAIVE[op]
+    assert ops.select(op, "auto") in NAIVE.values()
+
+
+@OPS
+@pytest.mark.parametrize("value", [None, "", "auto"])
+def test_without_a_choice_the_best_there_is_runs(op: str, value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KVFOLD_BACKEND", raising=False)
+    if value is not None:
+        monkeypatch.setenv("KVFOLD_BACKEND", value)
+    assert ops.select(op) is ops.select(op, "auto")
