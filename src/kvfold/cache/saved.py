@@ -65,12 +65,13 @@ def save_cache(cache: CompressedCache, file: str | Path, input_ids: Tensor | Non
 
 
 def load_cache(file: str | Path, codecs: CodecSet, config: Any, max_bytes: int | None = None) -> CompressedCache:
-    """The cache saved in `file`; its `input_ids` attribute holds the tokens saved beside it, or None.
+    """The cache saved in `file`, on the codecs' device; its `input_ids` are the tokens saved beside it, or None.
 
     Raises:
         InputError: no such file, truncated, altered, or written with other codecs.
     """
     header, tensors = _read(Path(file))
+    tensors = {name: tensor.to(codecs.device) for name, tensor in tensors.items()}
     if header["codecs"] != codecs.fingerprint():
         raise InputError("the codecs the cache was written with", f"others than {file} names", "load the same codec folder")
     try:

@@ -27,7 +27,8 @@ from kvfold.files import digest, read_json, read_tensors, replacing_folder, requ
 VERSION = 1
 _KIND = "kvfold codecs"
 _JSON, _TENSORS, PLOT = "codecs.json", "codecs.safetensors", "distortion.png"
-_OWN = {_JSON, _TENSORS, PLOT}  # a folder with other files in it is never replaced
+CURVE, CURVE_PLOT = "ema.jsonl", "ema.png"  # the loss curve of codebooks learned by moving average
+_OWN = {_JSON, _TENSORS, PLOT, CURVE, CURVE_PLOT}  # a folder with other files in it is never replaced
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,12 @@ class CodecSet:
     @property
     def codebook_bytes(self) -> int:
         return sum(c.codebook_bytes for c in (*self.keys, *self.values) if c is not None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the codebooks are; the CPU for a method without any."""
+        tensors = (t for c in (*self.keys, *self.values) if c is not None for t in c.tensors().values())
+        return next(tensors, torch.empty(0)).device
 
     def fingerprint(self) -> str:
         """SHA-256 over the method's kind, settings and tensors: two sets with equal codes have equal fingerprints."""

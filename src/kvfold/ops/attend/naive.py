@@ -17,8 +17,8 @@ from kvfold.ops.decode.naive import decode
 from kvfold.ops.rope import rotate
 from kvfold.packing import unpack
 
-_KEY_TILE = 1024
-_QUERY_TILE = 512
+_KEY_TILE = 512
+_QUERY_TILE = 256
 
 
 class Coded(NamedTuple):
@@ -84,9 +84,7 @@ def decode_tile(coded: Coded, start: int, stop: int) -> Tensor:
     stages, groups = coded.book.shape[0], coded.book.shape[2]
     codes = unpack(packed, coded.bits, stages * groups).unflatten(-1, (stages, groups))
     grouped = decode(codes, coded.codebooks, coded.book).flatten(-2)
-    vectors = torch.empty_like(grouped)
-    vectors[..., coded.channels.flatten()] = grouped
-    return vectors * scale.float()
+    return grouped.index_select(-1, coded.channels.flatten().argsort()) * scale.float()
 
 
 def attend_tiles(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -18,10 +18,8 @@ def decode(codes: Tensor, codebooks: Tensor, book: Tensor) -> Tensor:
         float32 `[B, G, T, P, d]`.
     """
     size, dim = codebooks.shape[1:]
+    offsets = (book.permute(1, 2, 0) * size).to(codes.dtype)  # [G, P, S]
+    rows = codes.transpose(-1, -2) + offsets[None, :, None]  # [B, G, T, P, S]
     table = codebooks.float().reshape(-1, dim)
-    rows = codes.long() + (book.transpose(0, 1) * size)[None, :, None]  # [B, G, T, S, P]
-    stages = rows.shape[3]
-    vectors = torch.zeros(*rows.shape[:3], rows.shape[4], dim, device=codes.device)
-    for stage in range(stages):  # stage by stage, so the sum has the order that encode subtracted in
-        vectors += table[rows[:, :, :, stage]]
-    return vectors
+    # A bag is summed in its order, stage by stage, which is the order that encode subtracted in.
+    return F.embedding_bag(rows.reshape(-1, rows.shape[-1]), table, mode="sum").view(*rows.shape[:-1], dim)
