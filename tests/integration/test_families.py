@@ -105,6 +105,17 @@ def test_whole_chunked_and_stepwise_prompts_agree(family: str, method: str) -> N
     assert relative(results[2], results[0]) < bound
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_attending_in_chunks_of_queries_changes_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, codecs, inputs = tiny_model(family), tiny_codecs(family), padded([45, 30])
+    results = []
+    with torch.no_grad(), kvfold.attach(model, codecs, **SIZES):
+        for queries in (1024, 7):
+            monkeypatch.setattr("kvfold.integration.attention._QUERIES", queries)
+            results.append(model(**inputs).logits)
+    assert relative(results[1], results[0]) < FLIPPED
+
+
 def dense_copy(cache: kvfold.CompressedCache, config) -> DynamicCache:
     """A transformers cache that holds, uncompressed, what `cache` decodes to."""
     dense = DynamicCache(config=config)

@@ -13,6 +13,8 @@ from kvfold.cache.view import CacheView
 from kvfold.codecs.base import attend
 from kvfold.errors import InputError
 
+_QUERIES = 1024
+
 
 def codes_attention(
     module: nn.Module,
@@ -38,31 +40,44 @@ def codes_attention(
             raise InputError("attention without dropout on codes", f"dropout {dropout}", "call model.eval() first")
         out = _attend_view(query, key, attention_mask, scale, softcap)
     elif softcap is not None:
-        out = _attend_exact(query, key, value, _mask(attention_mask, query, key.shape[2]), scale, softcap)[0]
+        out = _attend_exact(query, key, value, _mask(attention_mask, query, key.shape[2], slice(None)), scale, softcap)[0]
     else:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scale, **kwargs)
     return out.to(query.dtype).transpose(1, 2).contiguous(), None
 
 
 def _attend_view(query: Tensor, view: CacheView, attention_mask: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    """Queries in chunks, so that masks `[Q, T]` and their combinations stay small beside the cache."""
     queries = query.shape[2]
-    mask = None if queries == 1 and attention_mask is None else _mask(attention_mask, query, view.length)
+    parts = []
+    for start in range(0, queries, _QUERIES):
+        rows = slice(start, min(start + _QUERIES, queries))
+        mask = None if queries == 1 and attention_mask is None else _mask(attention_mask, query, view.length, rows)
+        boundaries = None if view.boundaries is None else view.boundaries[rows, None]
+        parts.append(_attend_rows(query[:, :, rows], view, mask, boundaries, scale, softcap))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def _attend_rows(
+    query: Tensor, view: CacheView, mask: Tensor | None, boundaries: Tensor | None, scale: float, softcap: float | None
+) -> Tensor:
+    """`mask` bool `[B or 1, 1, Q, T]`, None for a single query that sees all; `boundaries [Q, 1]` or None: see `CacheView`."""
     slots = torch.arange(view.length, device=query.device)
-    as_codes = None if view.boundaries is None else slots < view.boundaries[:, None]  # [Q, T]
     parts = []
     for piece in view.pieces:
         chosen = slice(piece.start, piece.stop)
         piece_mask = None if mask is None else mask[..., chosen]
-        if as_codes is not None:
-            piece_mask = as_codes[:, chosen] if piece_mask is None else piece_mask & as_codes[:, chosen]
+        if piece_mask is not None and boundaries is not None:
+            piece_mask = piece_mask & (slots[chosen] < boundaries)
         keys, values = (view.key_codec, piece.keys), (view.value_codec, piece.values)
         parts.append(attend(query, keys, values, piece.rotation, piece_mask, scale, softcap))
-    exact_mask = mask
-    if exact_mask is not None:
-        if as_codes is not None:
-            exact_mask = exact_mask & ~(as_codes & (slots >= view.sinks))
-        exact_mask = torch.cat((exact_mask[..., : view.sinks], exact_mask[..., view.exact_start :]), -1)
     if view.keys.shape[2]:
+        exact_mask = None
+        if mask is not None:
+            exact_mask = mask[..., view.exact_start :]
+            if boundaries is not None:
+                exact_mask = exact_mask & (slots[view.exact_start :] >= boundaries)
+            exact_mask = torch.cat((mask[..., : view.sinks], exact_mask), -1)
         parts.append(_attend_exact(query, view.keys, view.values, exact_mask, scale, softcap))
     return ops.merge(parts)[0]
 
@@ -74,13 +89,13 @@ def _attend_exact(
     return ops.attend_tiles(query, read, keys.shape[2], mask, scale, softcap)
 
 
-def _mask(attention_mask: Tensor | None, query: Tensor, length: int) -> Tensor:
-    """A bool mask `[B or 1, 1, Q, T]`, True where a query may look."""
+def _mask(attention_mask: Tensor | None, query: Tensor, length: int, rows: slice) -> Tensor:
+    """A bool mask `[B or 1, 1, Q, T]` of the queries `rows`, True where a query may look."""
     if attention_mask is None:
-        queries = query.shape[2]
         slots = torch.arange(length, device=query.device)
-        return (slots <= slots[length - queries :, None])[None, None]
-    mask = attention_mask[..., :length]
+        newest = slots[length - query.shape[2] :][rows]
+        return (slots <= newest[:, None])[None, None]
+    mask = attention_mask[:, :, rows, :length]
     if mask.dtype == torch.bool:
         return mask
     allowed = mask == 0
