@@ -17,8 +17,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import kvfold
-from kvfold import commands
 from kvfold.cli import main
+from kvfold.commands import inspect
 from kvfold.evaluate import evaluate
 
 _WORDS = ["<pad>", "<bos>", "<unk>", "system", "user", "assistant", *(f"w{i}" for i in range(6, VOCAB))]
@@ -145,7 +145,7 @@ def test_calibrate_joins_several_texts(run: Callable[..., Ran], world: World, tm
 def test_calibrate_without_text_uses_the_built_in_one(run: Callable[..., Ran], world: World, tmp_path: Path) -> None:
     ran = run("calibrate", world.model, "--out", str(tmp_path / "codec"), "--tokens", "200", *_SMALL)
     assert ran.status == 0
-    assert kvfold.load(tmp_path / "codec").info["text"] == "builtin"
+    assert kvfold.load(tmp_path / "codec").info["text"] == "own samples"
 
 
 # -- inspect -----------------------------------------------------------------------------------------------------------
@@ -583,7 +583,7 @@ def test_other_failures_are_short_unless_asked(run: Callable[..., Ran], monkeypa
     def fail(args: Any) -> None:
         raise RuntimeError("boom\nand more")
 
-    monkeypatch.setattr(commands, "codecs", fail)
+    monkeypatch.setattr(inspect, "codecs", fail)
     ran = run("codecs")
     assert (ran.status, ran.out) == (1, "")
     assert ran.err.count("\n") == 1
@@ -596,7 +596,7 @@ def test_interrupted(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -
     def interrupt(args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "codecs", interrupt)
+    monkeypatch.setattr(inspect, "codecs", interrupt)
     assert run("codecs") == Ran(130, "", "kvfold: interrupted\n")
 
 
@@ -605,3 +605,34 @@ def test_as_a_program() -> None:
     assert subprocess.run([script, "codecs"], capture_output=True, text=True).stdout.startswith("codec ")
     wrong = subprocess.run([sys.executable, "-m", "kvfold", "inspect", "/no/such"], capture_output=True, text=True)
     _refused(Ran(wrong.returncode, wrong.stdout, wrong.stderr), "/no/such")
+
+
+def test_ablate_writes_rows_table_and_picture(run: Callable[..., Ran], world: World, tmp_path: Path) -> None:
+    sizes = ["--tokens", "400", "--context", "64", "--windows", "2", "--codec", "rvq", *_SMALL]
+    texts = ["--text", world.text, "--calibration-text", world.text]
+    plot, kept = tmp_path / "target.png", tmp_path / "rows.json"
+    ran = run("ablate", "target", world.model, *texts, *sizes, "--json", str(kept), "--plot", str(plot))
+    assert ran.status == 0, ran.err
+    rows = json.loads(kept.read_text())
+    assert [row["name"] for row in rows] == ["keys only", "values only", "keys and values"]
+    assert all(row["name"] in ran.out and row["windows"] == 2 for row in rows)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    again = run("ablate", "target", world.model, *texts, *sizes, "--json", "-").json
+    assert [row["perplexity"] for row in again] == [row["perplexity"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["depth"], "depth"),
+        (["target", "--codec", "identity"], "residual"),
+        (["target", "--text", "no/such.txt"], "no/such.txt"),
+        (["size", "--tokens", "400", "--context", "64"], "2048 sample vectors"),
+        (["size", "--tokens", "400"], "--context from 2 to the model's 512"),
+    ],
+)
+def test_ablate_refuses(run: Callable[..., Ran], world: World, argv: list[str], told: str) -> None:
+    what, *rest = argv
+    texts = [] if "--text" in rest else ["--text", world.text]
+    sizes = ["--set", "group=8", "--set", "iterations=2"] if "identity" not in rest else []
+    _refused(run("ablate", what, world.model, *texts, "--calibration-text", world.text, *sizes, *rest), told)

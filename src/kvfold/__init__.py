@@ -2,7 +2,7 @@
 
 from kvfold.cache.cache import CacheReport, CompressedCache
 from kvfold.cache.saved import load_cache
-from kvfold.calibrate import calibrate
+from kvfold.calibrate import Ema, HubText, calibrate
 from kvfold.codecs.artifact import CodecSet, load
 from kvfold.errors import CacheFullError, InputError, UnsupportedModelError
 from kvfold.integration.attach import attach
@@ -14,6 +14,8 @@ __all__ = [
     "CacheReport",
     "CodecSet",
     "CompressedCache",
+    "Ema",
+    "HubText",
     "InputError",
     "UnsupportedModelError",
     "attach",

@@ -1,4 +1,4 @@
-"""The command line: options, and what an error looks like. What the commands do is in `commands.py`.
+"""The command line: options, and what an error looks like. What the commands do is in `commands/`.
 
 Exit status: 0 done; 2 wrong use or bad input, told in one message; 1 failed otherwise; 130 interrupted. A traceback is
 printed only for status 1 and with KVFOLD_DEBUG=1.
@@ -13,12 +13,20 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from kvfold import __version__, commands
+from kvfold import __version__
 from kvfold.bench.generate import CONTEXTS
 from kvfold.bench.record import RESULTS
 from kvfold.cache.cache import SINKS, WINDOW
-from kvfold.calibrate.calibrate import TOKENS
+from kvfold.calibrate.calibrate import CONTEXT, TOKENS
+from kvfold.calibrate.ema import BATCH_TOKENS, EVERY
+from kvfold.calibrate.finetune import LOSSES, FinetuneSettings
+from kvfold.calibrate.trainable import KINDS
+from kvfold.codecs.ema import DECAY
+from kvfold.commands import ablate, bench, calibrate, evaluate, finetune, generate, inspect, needle
 from kvfold.errors import InputError
+from kvfold.evaluate.ablate import ABLATIONS
+from kvfold.evaluate.needle import CONTEXTS as NEEDLE_CONTEXTS
+from kvfold.evaluate.needle import DEPTHS
 
 _MODEL = "a local folder, a hub name, a .gguf file, or smollm2"
 
@@ -58,17 +66,21 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="kvfold", description="Compress the KV cache of a language model by residual vector quantization.")
     parser.add_argument("--version", action="version", version=f"kvfold {__version__}")
     names = parser.add_subparsers(metavar="COMMAND", required=True)
-    _calibrate(_command(names, "calibrate", commands.calibrate, "fit codebooks to a model"))
-    _inspect(_command(names, "inspect", commands.inspect, "show what a codec folder holds"))
-    _generate(_command(names, "generate", commands.generate, "write text from a compressed cache"))
-    _eval(_command(names, "eval", commands.evaluate_text, "measure perplexity, KL and agreement through the cache"))
-    _command(names, "codecs", commands.codecs, "list the methods")
-    bench = names.add_parser("bench", help="measure speed and memory")
+    _calibrate(_command(names, "calibrate", calibrate.calibrate, "fit codebooks to a model"))
+    _inspect(_command(names, "inspect", inspect.inspect, "show what a codec folder holds"))
+    _generate(_command(names, "generate", generate.generate, "write text from a compressed cache"))
+    _eval(_command(names, "eval", evaluate.evaluate_any, "measure perplexity and KL, or tasks, through the cache"))
+    _needle(_command(names, "needle", needle.needle, "find a fact hidden in long text, through the cache"))
+    _command(names, "codecs", inspect.codecs, "list the methods")
+    about = "train attention weights and codebooks for each other"
+    _finetune(_command(names, "finetune", finetune.finetune, about))
+    _ablate(_command(names, "ablate", ablate.ablate, "repeat the paper's ablations"))
+    benches = names.add_parser("bench", help="measure speed and memory")
     _bench_generate(
         _command(
-            bench.add_subparsers(metavar="WHAT", required=True),
+            benches.add_subparsers(metavar="WHAT", required=True),
             "generate",
-            commands.bench_generation,
+            bench.bench_generation,
             "decoding speed and memory of a whole model, beside the plain cache",
         )
     )
@@ -82,7 +94,7 @@ def _command(names: Any, name: str, run: Any, about: str) -> argparse.ArgumentPa
     common = parser.add_argument_group("options of every command")
     common.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (default 0)")
     common.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's)")
-    common.add_argument("--device", default="cpu", help="where the model runs: cpu, cuda, cuda:1, ... (default cpu)")
+    common.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...; auto spreads the model")
     common.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the model")
     return parser
 
@@ -90,10 +102,20 @@ def _command(names: Any, name: str, run: Any, about: str) -> argparse.ArgumentPa
 def _calibrate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=_MODEL)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; an older codec there is replaced")
-    _text(parser, "text to calibrate on (default: text that comes with Python)", required=False)
+    about = "text to calibrate on: files, or hf:NAME[:split[:column]] from the hub (default: what the model itself says)"
+    _text(parser, about, required=False)
     parser.add_argument("--codec", default="rvq", metavar="NAME", help="method, see `kvfold codecs` (default rvq)")
     _set(parser, "change a setting of the method, e.g. stages=11 or bits=3")
-    parser.add_argument("--tokens", type=int, default=TOKENS, metavar="N", help=f"tokens to use at most (default {TOKENS})")
+    parser.add_argument("--tokens", type=int, default=TOKENS, metavar="N", help=f"tokens of k-means at most (default {TOKENS})")
+    parser.add_argument("--context", type=_positive, default=CONTEXT, metavar="N", help=f"of a pass (default {CONTEXT})")
+    ema = parser.add_argument_group("learning on by moving average, over a stream of text; may be run under torchrun")
+    ema.add_argument("--ema-steps", type=_positive, metavar="N", help="updates of the codebooks after k-means")
+    ema.add_argument("--ema-batch-tokens", type=_positive, metavar="N", help=f"tokens of a step (default {BATCH_TOKENS})")
+    ema.add_argument("--ema-decay", type=float, metavar="X", help=f"share of the past kept by a step (default {DECAY})")
+    ema.add_argument("--ema-reseed", type=float, metavar="X", help="move codewords used less than X of the mean (default 0)")
+    ema.add_argument("--checkpoint", metavar="DIR", help="folder for checkpoints and loss curve (default: OUT.ema)")
+    ema.add_argument("--checkpoint-every", type=_positive, metavar="N", help=f"steps between checkpoints (default {EVERY})")
+    ema.add_argument("--resume", action="store_true", help="go on from the checkpoint, if there is one")
 
 
 def _inspect(parser: argparse.ArgumentParser) -> None:
@@ -121,13 +143,86 @@ def _generate(parser: argparse.ArgumentParser) -> None:
 
 
 def _eval(parser: argparse.ArgumentParser) -> None:
-    _model_and_codec(parser)
-    _text(parser, "text to evaluate on", required=True)
+    parser.add_argument("model", metavar="MODEL", help=_MODEL)
+    parser.add_argument("--codec", metavar="DIR", help="from `kvfold calibrate`; with --tasks, none is the exact model")
+    what = parser.add_mutually_exclusive_group(required=True)
+    _text(what, "text to evaluate on", required=False)
+    what.add_argument("--tasks", type=_names, metavar="NAME,NAME", help="tasks of lm-eval instead, see `lm-eval ls tasks`")
     _set(parser, "beam=N searches codes with another beam")
     parser.add_argument("--context", type=int, default=2048, metavar="N", help="tokens of a window (default 2048)")
     parser.add_argument("--windows", type=int, default=8, metavar="N", help="windows from the start of the text (default 8)")
     parser.add_argument("--sinks", type=int, default=0, metavar="N", help="first tokens kept exact (default 0)")
     parser.add_argument("--window", type=int, default=0, metavar="N", help="newest tokens kept exact (default 0)")
+    tasks = parser.add_argument_group("with --tasks")
+    tasks.add_argument("--task-path", metavar="DIR", help="folder of YAML files with tasks of one's own")
+    tasks.add_argument("--limit", type=_positive, metavar="N", help="documents of each task (default: all)")
+    tasks.add_argument("--num-fewshot", type=int, metavar="N", help="examples in a prompt (default: the task's number)")
+    tasks.add_argument("--resume", metavar="FILE", help="keep the answers there as they come, and go on from them")
+    _json(parser)
+    _record(parser)
+
+
+def _needle(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=_MODEL)
+    about = "folders made by `kvfold calibrate`, one or more to compare"
+    parser.add_argument("--codec", nargs="+", required=True, metavar="DIR", help=about)
+    contexts, depths = (",".join(f"{x:g}" for x in numbers) for numbers in (NEEDLE_CONTEXTS, DEPTHS))
+    about = f"tokens of the prompts (default {contexts})"
+    parser.add_argument("--contexts", type=_numbers, default=NEEDLE_CONTEXTS, metavar="N,N", help=about)
+    about = f"percent of the text before the fact (default {depths})"
+    parser.add_argument("--depths", type=_percents, default=DEPTHS, metavar="N,N", help=about)
+    _text(parser, "text to hide the fact in (default: text that comes with Python)", required=False)
+    parser.add_argument("--sinks", type=int, default=SINKS, metavar="N", help=f"first tokens kept exact (default {SINKS})")
+    parser.add_argument("--window", type=int, default=WINDOW, metavar="N", help=f"newest tokens kept exact (default {WINDOW})")
+    parser.add_argument("--plot", metavar="FILE", help="PNG of the heat maps")
+    _json(parser)
+    _record(parser)
+
+
+def _finetune(parser: argparse.ArgumentParser) -> None:
+    default = FinetuneSettings()
+    _model_and_codec(parser)
+    _text(parser, "text to train on: files, or hf:NAME[:split[:column]] from the hub", required=True)
+    parser.add_argument("--out", required=True, metavar="DIR", help="new folder for the model; its codec goes to DIR/codec")
+    about = f"kl to the exact model, or lm as in the paper (default {default.loss})"
+    parser.add_argument("--loss", choices=LOSSES, default=default.loss, help=about)
+    about = f"attention projections themselves, or low-rank updates of them (default {default.train})"
+    parser.add_argument("--train", choices=KINDS, default=default.train, help=about)
+    parser.add_argument("--rank", type=_positive, default=default.rank, metavar="N", help=f"of lora (default {default.rank})")
+    about = f"learning rate, constant (default {default.lr:g})"
+    parser.add_argument("--lr", type=_above_zero, default=default.lr, metavar="X", help=about)
+    numbers = {
+        "--steps": "of the optimizer",
+        "--tokens-per-step": "gradients of so many tokens are accumulated",
+        "--context": "tokens of a pass",
+    }
+    for option, about in numbers.items():
+        value = getattr(default, option[2:].replace("-", "_"))
+        parser.add_argument(option, type=_positive, default=value, metavar="N", help=f"{about} (default {value})")
+    about = f"weight of the commitment term (default {default.commitment:g})"
+    parser.add_argument("--commitment", type=float, default=default.commitment, metavar="X", help=about)
+    parser.add_argument("--no-ema", action="store_false", dest="ema", help="leave the codebooks as they are")
+    about = f"share of the past that codebooks keep in a step (default {default.decay:g})"
+    parser.add_argument("--ema-decay", type=float, default=default.decay, metavar="X", help=about)
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, one more forward pass")
+
+
+def _ablate(parser: argparse.ArgumentParser) -> None:
+    about = "; ".join(f"{name}: {title}" for name, (title, _) in ABLATIONS.items())
+    parser.add_argument("what", choices=tuple(ABLATIONS), help=about)
+    parser.add_argument("model", metavar="MODEL", nargs="?", default="smollm2", help=f"{_MODEL} (default smollm2)")
+    _text(parser, "text to evaluate on", required=True)
+    about = "text to calibrate (and finetune) on (default: what the model says; to finetune, what comes with Python)"
+    parser.add_argument("--calibration-text", nargs="+", metavar="FILE", help=about)
+    parser.add_argument("--codec", default="rvq-paper", metavar="NAME", help="residual method to vary (default rvq-paper)")
+    _set(parser, "change a setting in all variants")
+    parser.add_argument("--tokens", type=int, default=TOKENS, metavar="N", help=f"tokens of calibration (default {TOKENS})")
+    parser.add_argument("--context", type=int, default=2048, metavar="N", help="tokens of a window (default 2048)")
+    parser.add_argument("--windows", type=int, default=8, metavar="N", help="windows from the start of the text (default 8)")
+    default = FinetuneSettings()
+    parser.add_argument("--steps", type=_positive, default=default.steps, metavar="N", help="of finetuning")
+    parser.add_argument("--lr", type=_above_zero, default=default.lr, metavar="X", help="of finetuning")
+    parser.add_argument("--plot", metavar="FILE", help="PNG of the rows")
     _json(parser)
     _record(parser)
 
@@ -148,7 +243,7 @@ def _model_and_codec(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--codec", required=True, metavar="DIR", help="folder made by `kvfold calibrate`")
 
 
-def _text(parser: argparse.ArgumentParser, about: str, required: bool) -> None:
+def _text(parser: Any, about: str, required: bool) -> None:
     parser.add_argument("--text", nargs="+", action="extend", metavar="FILE", required=required, help=about)
 
 
@@ -183,6 +278,17 @@ def _above_zero(text: str) -> float:
 
 def _numbers(text: str) -> tuple[int, ...]:
     return tuple(_positive(part) for part in text.split(","))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(","))
+
+
+def _percents(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not numbers with commas between") from None
 
 
 def _pair(text: str) -> tuple[str, str]:

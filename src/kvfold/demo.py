@@ -19,7 +19,7 @@ from kvfold.bench.generate import dense_bytes
 from kvfold.cache.cache import SINKS, WINDOW
 from kvfold.calibrate import calibrate
 from kvfold.calibrate.text import builtin_text
-from kvfold.commands import quiet_libraries, table
+from kvfold.commands.common import quiet_libraries, table
 from kvfold.compat import DynamicCache, cache_argument
 from kvfold.evaluate import evaluate
 from kvfold.integration.attach import attach

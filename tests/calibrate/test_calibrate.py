@@ -9,12 +9,13 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 
 import kvfold
-from kvfold.calibrate.text import builtin_text
+from kvfold.calibrate.text import builtin_text, own_samples
 
+TEXT = builtin_text()
 SMALL = {"group": 4, "codebook_size": 16, "stages": 2, "iterations": 3}
 
 
-def calibrated(model=None, texts=None, seed=0, tokens=600, codec="rvq", settings=SMALL, **more) -> kvfold.CodecSet:
+def calibrated(model=None, texts=TEXT, seed=0, tokens=600, codec="rvq", settings=SMALL, **more) -> kvfold.CodecSet:
     model = tiny_model("llama") if model is None else model
     return kvfold.calibrate(
         model, tiny_tokenizer(), texts, codec, seed, tokens=tokens, settings=settings, context=100, quiet=True, **more
@@ -34,7 +35,7 @@ def test_same_seed_same_bytes_and_another_seed_others(tmp_path: Path) -> None:
 
 def test_what_is_written_tells_where_it_came_from() -> None:
     info = calibrated(seed=3).info
-    assert {k: v for k, v in info.items() if k != "distortion"} == {"seed": 3, "tokens": 600, "text": "builtin", "samples": 600}
+    assert {k: v for k, v in info.items() if k != "distortion"} == {"seed": 3, "tokens": 600, "text": "given", "samples": 600}
     assert all(0 < error < 1 for pair in info["distortion"] for error in pair)
 
 
@@ -51,10 +52,29 @@ def test_sliding_layers_get_no_codec() -> None:
     assert [d is None for d in codecs.info["distortion"]] == [True, False, False]
 
 
-def test_texts_are_joined_and_builtin_text_is_the_default() -> None:
+def test_without_text_the_model_writes_its_own() -> None:
+    codecs = calibrated(texts=None)
+    assert (codecs.info["text"], codecs.info["tokens"]) == ("own samples", 600)
+    assert codecs.fingerprint() == calibrated(texts=None).fingerprint()
+    assert codecs.fingerprint() != calibrated(texts=None, seed=1).fingerprint()
+
+
+def test_own_samples_are_what_the_model_says_and_leave_the_random_state_alone() -> None:
+    model = tiny_model("llama").train()
+    before = torch.random.get_rng_state()
+    windows = own_samples(model, tiny_tokenizer(), 1100, 512, seed=0, quiet=True)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert model.training
+    assert [len(window) for window in windows] == [512, 512, 76]
+    with torch.no_grad():
+        said = -model.eval()(input_ids=windows[0][None]).logits[0, :-1].log_softmax(-1)
+    of_samples = said.gather(1, windows[0][1:, None]).mean()
+    assert of_samples < said.mean() - 1  # likelier than tokens picked without the model
+
+
+def test_texts_are_joined() -> None:
     text = builtin_text()
-    assert sum(map(len, text)) > 300_000
-    assert calibrated(texts=text).fingerprint() == calibrated().fingerprint()
+    assert calibrated(texts="\n\n".join(text)).fingerprint() == calibrated(texts=text).fingerprint()
     assert calibrated(texts=["hello world, " * 50, "and more. " * 30]).fingerprint() != calibrated().fingerprint()
 
 
@@ -93,9 +113,10 @@ def test_bad_input_is_told_in_three_parts(how: dict, message: str) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_nan_and_inf_in_keys_are_told(bad: float) -> None:
+@pytest.mark.parametrize("texts", [None, TEXT], ids=["own samples", "given"])
+def test_nan_and_inf_in_keys_are_told(bad: float, texts: list[str] | None) -> None:
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.layers[1].self_attn.k_proj.weight[0, 0] = bad
     with pytest.raises(kvfold.InputError, match="NaN or Inf"):
-        calibrated(model)
+        calibrated(model, texts)

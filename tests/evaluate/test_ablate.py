@@ -8,6 +8,7 @@ from small import codec_set, fit, samples
 from tiny import tiny_model, tiny_tokenizer
 
 import kvfold
+from kvfold.calibrate.finetune import FinetuneSettings
 from kvfold.calibrate.text import builtin_text
 from kvfold.codecs.identity import IdentityCodec
 from kvfold.evaluate.ablate import ABLATIONS, ablate
@@ -60,6 +61,19 @@ def test_target_rows_lose_less_than_both_together() -> None:
     keys, values, both = (row.evaluation.kl_mean for row in run("target"))
     assert 0 < keys < both
     assert 0 < values < both
+
+
+def test_finetuning_rows_start_from_the_models_own_weights_and_leave_them() -> None:
+    model = tiny_model("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    texts = builtin_text()
+    sizes = {"tokens": 3000, "context": 64, "windows": 2, "quiet": True, "codec": "rvq", "settings": {**SMALL, "stages": 2}}
+    settings = FinetuneSettings(steps=3, context=64, tokens_per_step=64, lr=1e-2)
+    rows = ablate(model, tiny_tokenizer(), "finetune", texts[:40], texts[-1], finetuning=settings, **sizes)
+    exact = [row.evaluation.perplexity_exact for row in rows]
+    assert len(set(exact)) == 3
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
 
 
 def test_rows_are_told_one_by_one_and_carry_what_was_measured() -> None:

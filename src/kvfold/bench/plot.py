@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from kvfold.files import replacing_file
 
@@ -46,5 +47,74 @@ def plot_losses(losses: Mapping[str, Sequence[float]], file: Path) -> None:
     axes.set(title="finetuning", xlabel="step", ylabel="loss (nats a token)")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
+    with replacing_file(file) as fresh:
+        figure.savefig(fresh, format="png", dpi=120)
+
+
+def plot_curve(records: Sequence[dict[str, Any]], title: str, file: Path) -> None:
+    """Write a PNG of a loss curve: `key_mse` and `value_mse`, the errors of scaled vectors, over `step`.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        InputError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for side in ("key", "value"):
+        axes.plot([record["step"] for record in records], [record[f"{side}_mse"] for record in records], label=f"{side}s")
+    axes.set(title=title, xlabel="step", ylabel="mean squared error of scaled vectors")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with replacing_file(file) as fresh:
+        figure.savefig(fresh, format="png", dpi=120)
+
+
+def plot_needle(
+    panels: Mapping[str, Sequence[Sequence[float]]], contexts: Sequence[int], depths: Sequence[float], file: Path
+) -> None:
+    """Write a PNG with a heat map a cache: green where the fact was found, a row a depth, a column a context.
+
+    Args:
+        panels: title -> shares found `[depths][contexts]`.
+        contexts, depths: ascending; tokens and percent.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        InputError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    size = (1.2 + len(panels) * (1.2 + 0.55 * len(contexts)), 1.6 + 0.4 * len(depths))
+    figure = Figure(figsize=size, layout="constrained")
+    for axes, (title, shares) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        axes.imshow(shares, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+        axes.set(title=title, xlabel="context, tokens", ylabel="depth of the fact, %")
+        axes.set_xticks(range(len(contexts)), [str(context) for context in contexts], rotation=45)
+        axes.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
+        axes.set_xticks([x - 0.5 for x in range(1, len(contexts))], minor=True)
+        axes.set_yticks([y - 0.5 for y in range(1, len(depths))], minor=True)
+        axes.grid(which="minor", color="white", linewidth=1.5)
+        axes.tick_params(which="minor", length=0)
+    with replacing_file(file) as fresh:
+        figure.savefig(fresh, format="png", dpi=120)
+
+
+def plot_bars(names: Sequence[str], heights: Sequence[float], title: str, unit: str, file: Path) -> None:
+    """Write a PNG with a bar a name.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        InputError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 0.5 + 0.5 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh(list(names), list(heights))
+    axes.bar_label(bars, fmt="%.3f", padding=3)
+    axes.invert_yaxis()
+    axes.set(title=title, xlabel=unit, xlim=(min(1.0, *heights), max(heights) * 1.05))
     with replacing_file(file) as fresh:
         figure.savefig(fresh, format="png", dpi=120)

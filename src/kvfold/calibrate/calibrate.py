@@ -1,4 +1,5 @@
-"""Fitting the codecs of a model: keys and values of sample text, gathered at the cache's own seam, then k-means.
+"""Fitting the codecs of a model: keys and values of sample text, gathered at the cache's own seam, then k-means; with
+`ema`, codebooks then learn on from a stream of text (`ema.py`).
 
 Cost: one forward pass over the text, and for residual VQ about `2 * stages * iterations * max_vectors * codebook_size *
 group` multiply-adds a layer and side. Memory: the model, `sample_tokens` tokens of K and V in float32, one layer's
@@ -9,19 +10,21 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvfold.calibrate.text import builtin_text
+from kvfold.calibrate.ema import Ema, learn
+from kvfold.calibrate.sources import Texts, sources_of
+from kvfold.calibrate.stream import first_windows
+from kvfold.calibrate.text import builtin_text, own_samples
 from kvfold.codecs import Codec, build_codec, resolve_settings
 from kvfold.codecs.artifact import CodecSet
 from kvfold.config import ModelSpec
 from kvfold.errors import InputError
-from kvfold.integration.attach import hooked
-from kvfold.integration.capture import CaptureCache
+from kvfold.integration.capture import CaptureCache, capturing
 from kvfold.integration.spec import model_spec
 from kvfold.progress import Progress
 
@@ -33,25 +36,29 @@ SAMPLE_TOKENS = 16384
 def calibrate(
     model: Any,
     tokenizer: Any,
-    texts: Sequence[str] | str | None = None,
+    texts: Texts | None = None,
     codec: str = "rvq",
     seed: int = 0,
     *,
     tokens: int = TOKENS,
     context: int = CONTEXT,
     settings: dict[str, Any] | None = None,
+    ema: Ema | None = None,
     quiet: bool = False,
 ) -> CodecSet:
     """Fit a codec of method `codec` for every layer's keys and values.
 
     Args:
         model, tokenizer: from transformers; the model is run in eval mode without gradients and left as it was.
-        texts: text to calibrate on, joined in order; None for text that comes with every Python installation.
+        texts: text to calibrate on, joined in order; None for what the model itself says (with `ema`: for the documentation
+            that comes with Python). A `Path` is a file and is streamed, as is a data set of the hub, `HubText(name)`.
         codec: a name from `kvfold codecs`.
         seed: of sampling and k-means.
         tokens: tokens of the text to use at most.
         context: tokens of one forward pass (at most the model's context).
         settings: changes to the method's settings, as `--set` on the command line.
+        ema: learn the codebooks further by moving average, over all of the text and several times over if it is short.
+            Under torchrun, all processes share the work and return the same codecs.
         quiet: no progress on standard error.
 
     Raises:
@@ -60,32 +67,57 @@ def calibrate(
     """
     spec = model_spec(model)
     chosen = resolve_settings(codec, settings or {}, spec.head_dim)
-    unfitted = build_codec(codec, "key", spec.head_dim, chosen)
-    windows = token_windows(tokenizer, texts, tokens, min(context, spec.max_positions))
-    generator = torch.Generator().manual_seed(seed)
+    text = "given" if texts is not None else "own samples" if ema is None else "builtin"
+    blank = _blank(spec, codec, chosen, {"seed": seed, "text": text})
+
+    def fit(windows: list[Tensor]) -> CodecSet:
+        return _fit_windows(model, blank, windows, quiet)
+
+    if ema is not None:
+        sources = sources_of(builtin_text() if texts is None else texts)
+        return learn(model, tokenizer, sources, blank, fit, ema, tokens=tokens, context=context, quiet=quiet)
+    if texts is None:
+        _require_tokens(tokens)
+        return fit(own_samples(model, tokenizer, tokens, spec.max_positions, seed, quiet))
+    return fit(token_windows(tokenizer, texts, tokens, min(context, spec.max_positions)))
+
+
+def _blank(spec: ModelSpec, method: str, settings: dict[str, Any], info: dict[str, Any]) -> CodecSet:
+    """A set of unfitted codecs."""
+    keys, values = (
+        tuple(build_codec(method, side, spec.head_dim, settings) if layer.coded else None for layer in spec.layers)
+        for side in ("key", "value")
+    )
+    return CodecSet(method, settings, spec, keys, values, info)
+
+
+def _fit_windows(model: Any, blank: CodecSet, windows: list[Tensor], quiet: bool) -> CodecSet:
+    """Codecs like those of `blank`, fitted on the windows."""
+    spec, method = blank.spec, blank.method
+    generator = torch.Generator().manual_seed(blank.info["seed"])
     total = sum(len(w) for w in windows)
-    coded = sum(layer.coded for layer in spec.layers)
+    coded = [codec for codec in blank.keys if codec is not None]
     if not quiet:
-        size = 2 * coded * min(total, SAMPLE_TOKENS) * spec.kv_heads * spec.head_dim * 4
+        size = 2 * len(coded) * min(total, SAMPLE_TOKENS) * spec.kv_heads * spec.head_dim * 4
         print(
-            f"calibrating {codec} on {total} tokens: {len(windows)} passes, then {2 * coded} fits; "
+            f"calibrating {method} on {total} tokens: {len(windows)} passes, then {2 * len(coded)} fits; "
             f"samples take {size / 2**20:.0f} MiB",
             file=sys.stderr,
         )
     start = time.monotonic()
-    cache = _collect(model, spec, windows, unfitted.pre_rope, generator, quiet)
-    result = _fit(spec, cache, codec, chosen, generator, quiet)
+    cache = _collect(model, spec, windows, coded[0].pre_rope, generator, quiet)
+    result = _fit(spec, cache, method, blank.settings, generator, quiet)
     if not quiet:
         print(f"calibrated in {time.monotonic() - start:.0f} s", file=sys.stderr)
-    info = {**result.info, "seed": seed, "tokens": total, "text": "builtin" if texts is None else "given"}
-    return CodecSet(result.method, result.settings, spec, result.keys, result.values, info)
+    return replace(result, info={**result.info, **blank.info, "tokens": total})
 
 
-def token_windows(tokenizer: Any, texts: Sequence[str] | str | None, tokens: int, context: int) -> list[Tensor]:
+def token_windows(tokenizer: Any, texts: Texts, tokens: int, context: int) -> list[Tensor]:
     """The first `tokens` tokens of the text, cut into windows of `context`; a remainder of less than 2 is dropped."""
-    if tokens < 2:
-        raise InputError("--tokens of at least 2", str(tokens), "raise it")
-    parts = builtin_text() if texts is None else [texts] if isinstance(texts, str) else list(texts)
+    _require_tokens(tokens)
+    parts: list[Any] = list(texts) if isinstance(texts, (list, tuple)) else [texts]
+    if not all(isinstance(part, str) for part in parts):
+        return first_windows(tokenizer, sources_of(parts), tokens, context)
     text = "\n\n".join(part for part in parts if part.strip())
     if not text:
         raise InputError("calibration text", "none (empty or only white space)", "give a file with text")
@@ -97,7 +129,11 @@ def token_windows(tokenizer: Any, texts: Sequence[str] | str | None, tokens: int
     return windows
 
 
-@torch.no_grad()
+def _require_tokens(tokens: int) -> None:
+    if tokens < 2:
+        raise InputError("--tokens of at least 2", str(tokens), "raise it")
+
+
 def _collect(
     model: Any, spec: ModelSpec, windows: list[Tensor], pre_rope: bool, generator: torch.Generator, quiet: bool
 ) -> CaptureCache:
@@ -105,20 +141,13 @@ def _collect(
     total = sum(len(w) for w in windows)
     chosen = torch.randperm(total, generator=generator)[:SAMPLE_TOKENS].sort().values
     cache = CaptureCache(spec, pre_rope)
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
     start = 0
-    try:
-        with hooked(model, lambda: cache), Progress("reading text", len(windows), quiet) as step:
-            for window in windows:
-                inside = chosen[(chosen >= start) & (chosen < start + len(window))]
-                cache.choose((inside - start).to(device))
-                model(input_ids=window[None].to(device), use_cache=True, logits_to_keep=1)
-                start += len(window)
-                step()
-    finally:
-        model.train(training)
+    with capturing(model, cache) as read, Progress("reading text", len(windows), quiet) as step:
+        for window in windows:
+            cache.choose(chosen[(chosen >= start) & (chosen < start + len(window))] - start)
+            read(window)
+            start += len(window)
+            step()
     return cache
 
 

@@ -1,21 +1,25 @@
-"""The paper's ablations on any model: codebook size by depth, channel grouping, which side is coded.
+"""The paper's ablations on any model: codebook size by depth, channel grouping, which side is coded, finetuning.
 
 Tables 1 and 2 of A. Kumar, arXiv 2410.15704, with perplexity through the cache in place of task scores. Greedy stages do
 not depend on later ones, so one calibration of the deepest codec serves every depth, and one of both sides serves each
-side alone; that is what keeps an ablation to a few calibrations.
+side alone; that is what keeps an ablation to a few calibrations. Finetuning starts each time from the model's own weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from kvfold.calibrate import calibrate
-from kvfold.codecs import Side
+from kvfold.calibrate.finetune import FinetuneSettings, finetune
+from kvfold.calibrate.text import builtin_text
+from kvfold.codecs import Side, method
 from kvfold.codecs.artifact import CodecSet
 from kvfold.errors import InputError
-from kvfold.evaluate.evaluate import Evaluation, evaluate
+from kvfold.evaluate.evaluate import Evaluation, eval_windows, evaluate
+from kvfold.integration.spec import model_spec
 
 _DEPTHS = (4, 6, 8)
 _SIZES = (1024, 2048)
@@ -28,6 +32,7 @@ class Variant:
     name: str
     calibration: dict[str, Any]
     change: Callable[[CodecSet], CodecSet]
+    loss: str | None = None  # finetune with this loss first
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,14 @@ ABLATIONS: dict[str, tuple[str, list[Variant]]] = {
             Variant("keys and values", {}, _same),
         ],
     ),
+    "finetune": (
+        "with and without finetuning (paper, table 1)",
+        [
+            Variant("frozen model", {}, _same),
+            Variant("finetuned, language-model loss", {}, _same, "lm"),
+            Variant("finetuned, KL to the exact model", {}, _same, "kl"),
+        ],
+    ),
 }
 
 
@@ -99,6 +112,7 @@ def ablate(
     tokens: int = 32768,
     context: int = 2048,
     windows: int = 8,
+    finetuning: FinetuneSettings | None = None,
     each: Callable[[AblationRow], None] = lambda row: None,
     quiet: bool = False,
 ) -> list[AblationRow]:
@@ -109,6 +123,7 @@ def ablate(
         calibration_text, tokens, seed: as in `kvfold.calibrate`.
         text, context, windows: as in `evaluate`; every token is coded (sinks 0, window 0), the paper's protocol.
         codec: residual method whose defaults the variants change; `settings` are changed in all of them.
+        finetuning: of "finetune", whose variants set the loss; the text is the calibration text.
         each: called with every row as it is done.
 
     Raises:
@@ -116,21 +131,41 @@ def ablate(
     """
     if what not in ABLATIONS:
         raise InputError(f"an ablation among {', '.join(ABLATIONS)}", repr(what), "choose one of these")
+    if "stages" not in method(codec).defaults:
+        raise InputError("a residual codec, such as rvq-paper", repr(codec), "choose another --codec")
+    eval_windows(tokenizer, text, context, windows, model_spec(model).max_positions)  # refused now, not after calibrating
     fitted: dict[str, CodecSet] = {}
     rows = []
     for variant in ABLATIONS[what][1]:
         chosen = {**(settings or {}), **variant.calibration}
         key = repr(sorted(chosen.items()))
         if key not in fitted:
-            fitted[key] = calibrate(
-                model, tokenizer, calibration_text, codec, seed, tokens=tokens, settings=chosen, quiet=quiet
-            )
+            sizes: dict[str, Any] = {"tokens": tokens, "settings": chosen, "quiet": quiet}
+            fitted[key] = calibrate(model, tokenizer, calibration_text, codec, seed, **sizes)
         codecs = variant.change(fitted[key])
-        result = evaluate(model, tokenizer, codecs, text, context=context, windows=windows, quiet=quiet)
+        with ExitStack() as undo:
+            if variant.loss is not None:
+                undo.enter_context(_weights_kept(model))
+                chosen_settings = replace(finetuning or FinetuneSettings(), loss=variant.loss)
+                trained = finetune(
+                    model, tokenizer, codecs, calibration_text or builtin_text(), chosen_settings, seed=seed, quiet=quiet
+                )
+                codecs = trained.codecs
+            result = evaluate(model, tokenizer, codecs, text, context=context, windows=windows, quiet=quiet)
         row = AblationRow(variant.name, codecs.settings, _rate(codecs), result)
         each(row)
         rows.append(row)
     return rows
+
+
+@contextmanager
+def _weights_kept(model: Any) -> Iterator[None]:
+    """The model's weights are afterwards what they were."""
+    before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    try:
+        yield
+    finally:
+        model.load_state_dict(before)
 
 
 def _rate(codecs: CodecSet) -> float:

