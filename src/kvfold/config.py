@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 
 from kvfold.errors import InputError
+
+_ROUNDING = 2**-7
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,20 @@ class ModelSpec:
         for index, (mine, other) in enumerate(zip(self.layers, model.layers, strict=True)):
             if mine.coded != other.coded:
                 raise _other_model(f"layer {index} {_kind(mine)}", f"layer {index} {_kind(other)}")
-            if self.rope(index) != model.rope(index):
+            if not _alike(self.rope(index), model.rope(index)):
                 raise _other_model(f"layer {index} with its own RoPE frequencies", f"layer {index} with different RoPE")
+
+
+def _alike(mine: RopeSpec | None, other: RopeSpec | None) -> bool:
+    """Equal but for rounding: `model.to(torch.bfloat16)` rounds a model's frequencies to 8 bits too."""
+    if mine is None or other is None:
+        return mine is other
+    same = (mine.interleaved, mine.switch_length) == (other.interleaved, other.switch_length)
+    if not same or [len(row) for row in mine.inv_freq] != [len(row) for row in other.inv_freq]:
+        return False
+    pairs = [(mine.factor, other.factor)]
+    pairs += [pair for rows in zip(mine.inv_freq, other.inv_freq, strict=True) for pair in zip(*rows, strict=True)]
+    return all(math.isclose(a, b, rel_tol=_ROUNDING) for a, b in pairs)
 
 
 def _kind(layer: LayerSpec) -> str:

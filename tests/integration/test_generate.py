@@ -154,6 +154,26 @@ print(ids.tolist())
     assert done.stdout.strip() == str(want.tolist())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt-neox"])
+def test_a_model_cast_to_another_dtype_keeps_its_codecs(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """`model.to(dtype)` rounds the RoPE frequencies too, so the cache has to rotate by the model's own."""
+    model, codecs = tiny_model(family).to(dtype), tiny_codecs(family, "rvq", stages=6, codebook_size=64)
+    ids = random_ids(1, 200)
+    with torch.no_grad():
+        want = model(input_ids=ids).logits.float()
+        with kvfold.attach(model, codecs, **SIZES) as attached:
+            got = model(input_ids=ids).logits.float()
+            assert attached.cache is not None
+            attached.cache.save(tmp_path / "cache")
+    assert kvfold.load_cache(tmp_path / "cache", codecs, model.config).get_seq_length() == 200
+    assert attached.cache.coded_layers[0].exact["keys"].dtype == dtype
+    exact = tiny_model(family)
+    with torch.no_grad(), kvfold.attach(exact, codecs, **SIZES):
+        loss = (exact(input_ids=ids).logits - tiny_model(family)(input_ids=ids).logits).square().mean()
+    assert float((got - want).square().mean()) < 2 * float(loss) + 0.01
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 def test_attach_leaves_nothing_behind(family: str) -> None:
     model = tiny_model(family)

@@ -67,8 +67,13 @@ class CodecSet:
         return next(tensors, torch.empty(0)).device
 
     def fingerprint(self) -> str:
-        """SHA-256 over the method's kind, settings and tensors: two sets with equal codes have equal fingerprints."""
-        total = hashlib.sha256(json.dumps([self.method, self.spec.fingerprint()]).encode())
+        """SHA-256 over method, settings and tensors: two sets with equal codes have equal fingerprints.
+
+        The model's frequencies are left out: a model cast to another dtype has rounded ones, and the same codecs.
+        """
+        spec = self.spec
+        shape = [self.method, spec.model_type, spec.heads, spec.kv_heads, spec.head_dim, len(spec.layers)]
+        total = hashlib.sha256(json.dumps(shape).encode())
         for name, codec in self._named():
             settings = {k: v for k, v in codec.settings().items() if k not in ("beam", "iterations", "max_vectors")}
             total.update(json.dumps([name, codec.kind, settings], sort_keys=True).encode())

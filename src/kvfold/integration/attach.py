@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -80,8 +81,9 @@ def attach(
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
     if len(devices) > 1:
         raise InputError("a model on one device", f"one on {', '.join(devices)}", "load it without device_map")
-    codecs.spec.require_same(model_spec(model))
-    placed = codecs.to(next(model.parameters()).device)
+    spec = model_spec(model)
+    codecs.spec.require_same(spec)
+    placed = replace(codecs.to(next(model.parameters()).device), spec=spec)  # its own frequencies, rounded as they are
 
     def make() -> CompressedCache:
         return CompressedCache(placed, model.config, max_bytes, sinks=sinks, window=window, block=block)
