@@ -78,7 +78,8 @@ def calibrate(
         return learn(model, tokenizer, sources, blank, fit, ema, tokens=tokens, context=context, quiet=quiet)
     if texts is None:
         _require_tokens(tokens)
-        return fit(own_samples(model, tokenizer, tokens, spec.max_positions, seed, quiet))
+        written = min(tokens, SAMPLE_TOKENS)  # no more than is sampled from them: writing is the slow part
+        return fit(own_samples(model, tokenizer, written, spec.max_positions, seed, quiet))
     return fit(token_windows(tokenizer, texts, tokens, min(context, spec.max_positions)))
 
 
