@@ -117,9 +117,7 @@ class Finetuned:
     curve: list[dict[str, float]]
 
     def save(self, folder: str | Path, tokenizer: Any) -> None:
-        """Write a transformers model folder with the codec in `codec/`, the curve as JSON lines and as a picture.
-
-        The picture is left out without matplotlib.
+        """Write a transformers model folder, the codec in `codec/`, the curve as JSON lines and (with matplotlib) a picture.
 
         Raises:
             InputError: `folder` exists and is not empty, or its parent does not exist.
@@ -199,8 +197,8 @@ def finetune(
             weights.step()
             for side, own in zip(coded, books, strict=settings.ema):
                 _follow(side, own, first=number == 1)
-            curve.append({"step": number, "loss": loss, "commitment": commitment, **_means(cache)})
-            curve[-1]["seconds"] = round(time.monotonic() - start, 2)
+            seconds = round(time.monotonic() - start, 2)
+            curve.append({"step": number, "loss": loss, "commitment": commitment, **_means(cache), "seconds": seconds})
             step(f"loss {loss:.4f}")
             if stop():
                 break
@@ -229,7 +227,7 @@ def _accumulate(
 class _Divergence(torch.autograd.Function):
     """Mean over the rows of logits `[T, V]` of KL(softmax(exact) || softmax(coded)), its gradient made along with it.
 
-    The gradient is `(softmax(coded) - softmax(exact)) / T`. A few rows at a time: the float32 copies are never whole.
+    The gradient is `(softmax(coded) - softmax(exact)) / T`. A few rows at a time: float32 copies are never whole.
     """
 
     @staticmethod
@@ -252,8 +250,8 @@ class _Divergence(torch.autograd.Function):
 def _follow(side: CodedSide, books: EmaBooks, first: bool) -> None:
     """Move one side's codebooks towards what the step's passes asked of them.
 
-    The paper starts with a count of 1 a codeword, which one batch outweighs; here they were fitted already, so they start
-    with the weight of an endless past: the mean count of a step.
+    The paper starts with a count of 1, which large steps soon outweigh. These books were fitted already: they start with a
+    step's mean count, so that a step moves them by `1 - decay`.
     """
     assert side.counts is not None
     assert side.sums is not None
