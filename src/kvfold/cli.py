@@ -222,6 +222,8 @@ def _ablate(parser: argparse.ArgumentParser) -> None:
     default = FinetuneSettings()
     parser.add_argument("--steps", type=_positive, default=default.steps, metavar="N", help="of finetuning")
     parser.add_argument("--lr", type=_above_zero, default=default.lr, metavar="X", help="of finetuning")
+    about = "folder of calibrated codecs; those that are there are not fitted again"
+    parser.add_argument("--keep", metavar="DIR", help=about)
     parser.add_argument("--plot", metavar="FILE", help="PNG of the rows")
     _json(parser)
     _record(parser)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from small import codec_set, fit, samples
@@ -94,3 +96,16 @@ def test_every_ablation_has_its_title_and_rows() -> None:
 def test_an_unknown_ablation_is_told() -> None:
     with pytest.raises(kvfold.InputError, match="grouping"):
         run("depth")
+
+
+def test_codecs_kept_by_one_ablation_serve_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run("target", keep=tmp_path / "kept")
+    assert len(list((tmp_path / "kept").iterdir())) == 1
+    calls = []
+    monkeypatch.setattr("kvfold.evaluate.ablate.calibrate", lambda *given, **named: calls.append(given))
+    again = run("target", keep=tmp_path / "kept")
+    assert [row.evaluation.perplexity for row in again] == [row.evaluation.perplexity for row in first]
+    assert not calls
+    monkeypatch.undo()
+    run("target", keep=tmp_path / "kept", seed=1)
+    assert len(list((tmp_path / "kept").iterdir())) == 2

@@ -72,9 +72,9 @@ class FinetuneSettings:
         InputError: a value out of its range.
     """
 
-    steps: int = 150
-    tokens_per_step: int = 1024
-    context: int = 1024
+    steps: int = 120
+    tokens_per_step: int = 512
+    context: int = 512
     loss: str = "kl"
     train: str = "all-attention"
     lr: float = 1e-5

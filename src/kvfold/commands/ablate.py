@@ -49,6 +49,7 @@ def ablate(args: argparse.Namespace) -> None:
         context=args.context,
         windows=args.windows,
         finetuning=FinetuneSettings(steps=args.steps, lr=args.lr),
+        keep=None if args.keep is None else Path(args.keep),
         each=lambda row: print(f"{row.name}: {row.evaluation.perplexity_ratio:.4f} x exact", file=sys.stderr),
     )
     facts = [row.to_json() for row in rows]
