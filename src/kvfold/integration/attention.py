@@ -40,7 +40,7 @@ def codes_attention(
             raise InputError("attention without dropout on codes", f"dropout {dropout}", "call model.eval() first")
         out = _attend_view(query, key, attention_mask, scale, softcap)
     elif softcap is not None:
-        out = _attend_exact(query, key, value, _mask(attention_mask, query, key.shape[2], slice(None)), scale, softcap)[0]
+        out = ops.attend_exact(query, key, value, _mask(attention_mask, query, key.shape[2], slice(None)), scale, softcap)[0]
     else:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scale, **kwargs)
     return out.to(query.dtype).transpose(1, 2).contiguous(), None
@@ -78,15 +78,8 @@ def _attend_rows(
             if boundaries is not None:
                 exact_mask = exact_mask & (slots[view.exact_start :] >= boundaries)
             exact_mask = torch.cat((mask[..., : view.sinks], exact_mask), -1)
-        parts.append(_attend_exact(query, view.keys, view.values, exact_mask, scale, softcap))
+        parts.append(ops.attend_exact(query, view.keys, view.values, exact_mask, scale, softcap))
     return ops.merge(parts)[0]
-
-
-def _attend_exact(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, softcap: float | None
-) -> tuple[Tensor, Tensor]:
-    read = lambda start, stop: (keys[:, :, start:stop], values[:, :, start:stop])  # noqa: E731
-    return ops.attend_tiles(query, read, keys.shape[2], mask, scale, softcap)
 
 
 def _mask(attention_mask: Tensor | None, query: Tensor, length: int, rows: slice) -> Tensor:

@@ -12,12 +12,12 @@ from kvfold.ops.rope import rotate, unrotate
 
 def encode(vectors: Tensor, codebooks: Tensor, book: Tensor, beam: int = 1, backend: str | None = None) -> Tensor:
     """Residual nearest-codeword search; see `ops/encode/naive.py` for shapes and the rule for ties."""
-    return select("encode", backend)(vectors, codebooks, book, beam)
+    return select("encode", backend, vectors.device.type)(vectors, codebooks, book, beam)
 
 
 def decode(codes: Tensor, codebooks: Tensor, book: Tensor, backend: str | None = None) -> Tensor:
     """Codes to vectors; see `ops/decode/naive.py`."""
-    return select("decode", backend)(codes, codebooks, book)
+    return select("decode", backend, codes.device.type)(codes, codebooks, book)
 
 
 def attend(
@@ -31,13 +31,29 @@ def attend(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention on residual codes, `(out, lse)`; see `ops/attend/naive.py`."""
-    return select("attend", backend)(query, key, value, rotation, mask, softmax_scale, softcap)
+    run = select("attend", backend, query.device.type)
+    return run(query, key, value, rotation, mask, softmax_scale, softcap)
+
+
+def attend_exact(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    softmax_scale: float,
+    softcap: float | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention on exact keys and values, `(out, lse)`; see `ops/attend/naive.py`."""
+    run = select("attend_exact", backend, query.device.type)
+    return run(query, keys, values, mask, softmax_scale, softcap)
 
 
 __all__ = [
     "Coded",
     "Rotation",
     "attend",
+    "attend_exact",
     "attend_tiles",
     "available_backends",
     "decode",

@@ -78,6 +78,17 @@ def attend(
     return attend_tiles(query, read, key.packed.shape[2], mask, softmax_scale, softcap)
 
 
+def attend_exact(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, softmax_scale: float, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `attend`, over exact `keys [B, G, T, D]` (rotated) and `values [B, G, T, D]`."""
+
+    def read(start: int, stop: int) -> tuple[Tensor, Tensor]:
+        return keys[:, :, start:stop], values[:, :, start:stop]
+
+    return attend_tiles(query, read, keys.shape[2], mask, softmax_scale, softcap)
+
+
 def decode_tile(coded: Coded, start: int, stop: int) -> Tensor:
     """Tokens `start..stop-1` of one side as float32 `[B, G, T, D]`."""
     packed, scale = coded.packed[:, :, start:stop], coded.scale[:, :, start:stop]

@@ -1,0 +1,14 @@
+// Attention on codes and on exact keys and values; which way is taken depends on shapes alone.
+#include "attend_step.h"
+#include "attend_tiles.h"
+
+namespace kvfold {
+
+void attend(const AttendCall& call) {
+  if (step_serves(call))
+    attend_step(call);
+  else
+    attend_tiles(call);
+}
+
+}  // namespace kvfold

@@ -1,0 +1,118 @@
+// What the ways of attending share: reading codes, softmax weights, and joining parts of the keys.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "kernels.h"
+#include "lanes.h"
+#include "pool.h"
+
+namespace kvfold {
+
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+inline float half_to_float(uint16_t bits) {
+  _Float16 half;
+  std::memcpy(&half, &bits, sizeof half);
+  return static_cast<float>(half);
+}
+
+// Codes of tokens first..first+count-1 as 16-bit numbers, `[count][codes]`.
+inline void unpack(const Side& side, const uint8_t* row, int64_t count, uint16_t* to) {
+  const int64_t codes = side.books->codes(), bytes = (codes * side.bits + 7) / 8;
+  const uint32_t keep = (1u << side.bits) - 1;
+  const bool checked = side.books->size < int64_t{1} << side.bits;
+  for (int64_t t = 0; t < count; t++, row += side.token_stride, to += codes) {
+    if (side.bits == 8) {
+      for (int64_t l = 0; l < codes; l++) to[l] = row[l];
+    } else {
+      uint64_t window = 0;
+      int available = 0;
+      int64_t at = 0;
+      for (int64_t l = 0; l < codes; l++) {
+        while (available < side.bits && at < bytes) {
+          window |= static_cast<uint64_t>(row[at++]) << available;
+          available += 8;
+        }
+        to[l] = static_cast<uint16_t>(window & keep);
+        window >>= side.bits;
+        available -= side.bits;
+      }
+    }
+    if (checked)
+      for (int64_t l = 0; l < codes; l++)
+        if (to[l] >= side.books->size) throw CodeOutOfRange();
+  }
+}
+
+inline const uint8_t* code_row(const Side& side, int64_t b, int64_t g, int64_t t) {
+  return side.packed + b * side.batch_stride + g * side.head_stride + t * side.token_stride;
+}
+
+// Asks for the codes of tokens first..last-1 ahead of their use: they come from far memory while others are worked on.
+inline void fetch(const Side& side, int64_t b, int64_t g, int64_t first, int64_t last) {
+  if (first >= last) return;
+  const uint8_t *at = code_row(side, b, g, first), *const end = at + (last - first) * side.token_stride;
+  for (; at < end; at += 64) __builtin_prefetch(at, 0, 2);
+}
+
+inline void read_scales(const Side& side, int64_t b, int64_t g, int64_t first, int64_t count, float* to) {
+  const uint16_t* from = side.scale + b * side.scale_batch_stride + g * side.scale_head_stride + first * side.scale_token_stride;
+  if (side.scale_token_stride == 1)
+    for (int64_t t = 0; t < count; t++) to[t] = half_to_float(from[t]);
+  else
+    for (int64_t t = 0; t < count; t++) to[t] = half_to_float(from[t * side.scale_token_stride]);
+}
+
+// softcap * tanh(score / softcap)
+inline vf capped(vf score, float softcap) {
+  vf twice = score * (2.0f / softcap);
+  twice = larger(twice, splat(-40.0f));
+  twice = twice < 40.0f ? twice : splat(40.0f);
+  return softcap * (1.0f - 2.0f / (exp_of(twice) + 1.0f));
+}
+
+// Attention over one part of the keys for one (batch row, KV head): sums relative to `top`, not yet divided.
+struct Part {
+  float* sums;   // [rows][value dim]
+  float* top;    // [rows]
+  float* total;  // [rows]
+};
+
+// out and lse of `rows` rows from their parts, `stride` apart in number; false if a row's keys were skipped for more than
+// `skip` of its output's norm allows. `skipped[part][row]` bounds the norm of what was left out of `sums`.
+inline bool join(const std::vector<Part>& parts, const std::vector<const float*>& skipped, float skip, int64_t rows, int64_t dim,
+                 float* out, float* lse) {
+  for (int64_t r = 0; r < rows; r++) {
+    float top = kMinusInfinity;
+    for (const Part& part : parts) top = std::max(top, part.top[r]);
+    float* to = out + r * dim;
+    std::fill_n(to, dim, 0.0f);
+    if (top == kMinusInfinity) {
+      lse[r] = top;
+      continue;
+    }
+    double total = 0, lost = 0;
+    for (size_t i = 0; i < parts.size(); i++) {
+      if (parts[i].top[r] == kMinusInfinity) continue;
+      const float weight = std::exp(parts[i].top[r] - top);
+      total += static_cast<double>(weight) * parts[i].total[r];
+      if (!skipped.empty()) lost += static_cast<double>(weight) * skipped[i][r];
+      const float* from = parts[i].sums + r * dim;
+      for (int64_t d = 0; d < dim; d++) to[d] += weight * from[d];
+    }
+    double square = 0;
+    for (int64_t d = 0; d < dim; d++) square += static_cast<double>(to[d]) * to[d];
+    // What is there has norm n, what should be there at least n - lost.
+    if (lost > 0 && lost > skip * (std::sqrt(square) - lost)) return false;
+    const float share = static_cast<float>(1 / total);
+    for (int64_t d = 0; d < dim; d++) to[d] *= share;
+    lse[r] = top + static_cast<float>(std::log(total));
+  }
+  return true;
+}
+
+}  // namespace kvfold

@@ -1,0 +1,298 @@
+// Scores of keys that were coded before RoPE, for a few queries: codewords are added as 16-bit integers, rotated and multiplied
+// in registers (AVX-512 with VNNI). Other CPUs decode to float32 (attend_tiles.h).
+//
+// A tile of 64 keys lies within 64 positions of its first, p0, so with R the rotation
+//     q . R(p0 + i) k = (R(p0)^T q) . R(i) k,    i = 0..63
+// takes the queries to p0 once a tile, and one table of R(i) serves all tiles. Both members of a pair must lie in one group,
+// half a group apart, which strided groups of 32 channels do.
+//
+// Error: integers have a step of 1/22,600 of the largest sum of codewords an entry can have; queries are rounded to 16 bits
+// or as many as keep the sum of products, at most |q| |k|, within 32.
+#pragma once
+
+#include <memory>
+
+#include "attend_parts.h"
+
+namespace kvfold {
+
+constexpr int64_t kRotationTile = 64;
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+
+}  // namespace kvfold
+
+#include <immintrin.h>
+
+#include <mutex>
+
+namespace kvfold {
+
+// R(0)..R(63) for the pairs of every group: cosines twice, then minus sines and sines, 32 numbers each, in units of 2^-15.
+struct RotationTable {
+  std::vector<float> inv_freq;
+  std::vector<int32_t> channels;
+  Aligned<int16_t> turns;           // [64][P][2][32]
+  std::vector<float> sine, cosine;  // [P][16] of 64 positions
+
+  RotationTable(const AttendCall& call)
+      : inv_freq(call.inv_freq, call.inv_freq + call.rotary), channels(call.key.books->channels) {
+    const int64_t groups = call.key.books->groups;
+    turns.resize(kRotationTile * groups * 64);
+    const auto fixed = [](float x) { return static_cast<int16_t>(std::lrint(std::clamp(x * 32768.0f, -32767.0f, 32767.0f))); };
+    for (int64_t i = 0; i < kRotationTile; i++)
+      for (int64_t p = 0; p < groups; p++)
+        for (int64_t j = 0; j < 16; j++) {
+          float s, c;
+          sine_cosine(static_cast<float>(i) * inv_freq[channels[p * 32 + j]], &s, &c);
+          int16_t* to = &turns[(i * groups + p) * 64];
+          to[j] = to[j + 16] = fixed(c);
+          to[32 + j] = fixed(-s);
+          to[48 + j] = fixed(s);
+        }
+    for (int64_t p = 0; p < groups; p++)
+      for (int64_t j = 0; j < 16; j++) {
+        float s, c;
+        sine_cosine(static_cast<float>(kRotationTile) * inv_freq[channels[p * 32 + j]], &s, &c);
+        sine.push_back(s);
+        cosine.push_back(c);
+      }
+  }
+
+  bool fits(const AttendCall& call) const {
+    return channels == call.key.books->channels && static_cast<int64_t>(inv_freq.size()) == call.rotary &&
+           std::equal(inv_freq.begin(), inv_freq.end(), call.inv_freq);
+  }
+};
+
+struct RotatedPlan {
+  bool possible = false;
+  std::shared_ptr<const RotationTable> table;
+
+  explicit RotatedPlan(const AttendCall& call) {
+    if (!call.positions || !call.key.books) return;
+    const Books& books = *call.key.books;
+    const int64_t n = call.rotary;
+    if (books.dim != 32 || 2 * n != books.head_dim() || call.interleaved || call.softmax_scale == 0) return;
+    for (int64_t p = 0; p < books.groups; p++)
+      for (int64_t j = 0; j < 16; j++) {
+        const int32_t* at = &books.channels[p * 32 + j];
+        if (at[0] >= n || at[16] != at[0] + n) return;
+      }
+    for (int64_t b = 0; b < (call.positions_stride ? call.batch : 1); b++)
+      for (int64_t t = 0; t < call.tokens; t += kRotationTile) {
+        const int32_t* at = call.positions + b * call.positions_stride + t;
+        const auto [low, high] = std::minmax_element(at, at + std::min(kRotationTile, call.tokens - t));
+        if (*high - *low >= kRotationTile) return;
+      }
+    possible = true;
+    // Tables of a few models are kept: a model's layers mostly share one.
+    static std::mutex guard;
+    static std::vector<std::shared_ptr<const RotationTable>> kept;
+    std::lock_guard<std::mutex> lock(guard);
+    for (const auto& known : kept)
+      if (known->fits(call)) table = known;
+    if (!table) {
+      table = std::make_shared<const RotationTable>(call);
+      if (kept.size() >= 8) kept.erase(kept.begin());
+      kept.push_back(table);
+    }
+  }
+};
+
+class RotatedScores {
+ public:
+  RotatedScores(const RotatedPlan& plan, const AttendCall& call, int64_t b, int64_t g, int64_t first_row, int64_t rows)
+      : plan_(plan), call_(call), b_(b), g_(g), rows_(rows) {
+    if (!plan.possible) return;
+    const Books& books = *call.key.books;
+    const Books::Integers& whole = books.integers();
+    const int64_t dim = call.key.dim, all = call.shared * call.queries;
+    query_.resize(rows * dim);
+    inverse_.assign(8, 0.0f);
+    for (int64_t r = 0; r < rows; r++) {
+      const float* from = call.query + ((b * call.kv_heads + g) * all + first_row + r) * dim;
+      double square = 0;
+      for (int64_t i = 0; i < dim; i++) {
+        const float x = from[books.channels[i]] * call.softmax_scale * call.factor * whole.step[i % 32];
+        query_[r * dim + i] = x;
+        square += static_cast<double>(x) * x;
+      }
+      const double norm = std::sqrt(square);
+      const double reach = whole.longest[g] + 2 * std::sqrt(static_cast<double>(dim));  // rotating rounds each entry twice
+      const double scale = norm > 0 ? std::min(32766.0, 2.1e9 / reach) / norm : 0.0;
+      for (int64_t i = 0; i < dim; i++) query_[r * dim + i] *= static_cast<float>(scale);
+      inverse_[r] = scale > 0 ? static_cast<float>(1 / scale) : 0.0f;
+    }
+    turned_ = query_;
+    sine_.resize(dim / 2);
+    cosine_.resize(dim / 2);
+    integers_.assign(8 * dim, 0);
+    for (int64_t l = 0; l < books.codes(); l++)
+      tables_.push_back(whole.values.data() + books.book[g * books.codes() + l] * books.size * 32);
+    in_order_ = books.size == 256;
+    for (int64_t l = 0; l < books.codes(); l++)
+      in_order_ = in_order_ && tables_[l] == tables_[l % books.groups] + l / books.groups * 256 * 32;
+    if (!(call.key.bits == 8 && books.size == 256)) codes_.resize(kRotationTile * books.codes());
+  }
+
+  // Scores (without the keys' scales) of keys first..first+count-1, `[count][kWidth]`, with room for a multiple of 4 keys.
+  template <int kWidth>
+  void scores(int64_t first, int64_t count, float* to) {
+    const Books& books = *call_.key.books;
+    for (int64_t t = 0; t < count; t += kRotationTile) {
+      const int64_t size = std::min(kRotationTile, count - t);
+      turn(first + t, size);
+      const uint8_t* row = code_row(call_.key, b_, g_, first + t);
+      if (codes_.empty()) {
+        pick<kWidth>(row, call_.key.token_stride, size, to + t * kWidth);
+      } else {
+        unpack(call_.key, row, size, codes_.data());
+        pick<kWidth>(codes_.data(), books.codes(), size, to + t * kWidth);
+      }
+    }
+  }
+
+ private:
+  // Integers of group p of a token, scale 1. With kStages known, the tables of a group's stages lie one behind the other.
+  template <int kStages, class Code>
+  __m512i add_up(const Code* code, int64_t p, int64_t groups, int64_t stages) const {
+    const auto codeword = [&](int64_t s) {
+      const int16_t* table = kStages ? tables_[p] + s * 256 * 32 : tables_[s * groups + p];
+      return _mm512_loadu_si512(table + static_cast<size_t>(code[s * groups + p]) * 32);
+    };
+    __m512i z = codeword(0);
+#pragma GCC unroll 8
+    for (int64_t s = 1; s < (kStages ? kStages : stages); s++) z = _mm512_add_epi16(z, codeword(s));
+    return z;
+  }
+
+  // Take the queries to the tile's first position, as integers in coded order.
+  void turn(int64_t first, int64_t count) {
+    const int64_t dim = call_.key.dim;
+    const Books& books = *call_.key.books;
+    const int32_t* at = call_.positions + b_ * call_.positions_stride + first;
+    const int32_t low = *std::min_element(at, at + count);
+    for (int64_t t = 0; t < count; t++) offset_[t] = static_cast<uint8_t>(at[t] - low);
+    if (known_ && low == at_) return;
+    // From one tile to the next by the table's turn of 64 positions, now and then afresh, so that rounding does not add up.
+    const bool onward = known_ && low == at_ + kRotationTile && ++onwards_ % 16;
+    const float *sines = plan_.table->sine.data(), *cosines = plan_.table->cosine.data();
+    if (!onward) {
+      for (int64_t p = 0; p < books.groups; p++)
+        for (int64_t j = 0; j < 16; j++)
+          sine_cosine(static_cast<float>(low) * call_.inv_freq[books.channels[p * 32 + j]], &sine_[p * 16 + j],
+                      &cosine_[p * 16 + j]);
+      sines = sine_.data(), cosines = cosine_.data();
+    }
+    for (int64_t r = 0; r < rows_; r++)
+      for (int64_t p = 0; p < books.groups; p++) {
+        const float* from = (onward ? turned_.data() : query_.data()) + r * dim + p * 32;
+        const __m512 s = _mm512_loadu_ps(sines + p * 16), c = _mm512_loadu_ps(cosines + p * 16);
+        const __m512 x = _mm512_loadu_ps(from), y = _mm512_loadu_ps(from + 16);
+        const __m512 low_half = _mm512_fmadd_ps(x, c, _mm512_mul_ps(y, s));
+        const __m512 high_half = _mm512_fmsub_ps(y, c, _mm512_mul_ps(x, s));
+        _mm512_storeu_ps(&turned_[r * dim + p * 32], low_half);
+        _mm512_storeu_ps(&turned_[r * dim + p * 32 + 16], high_half);
+        int16_t* to = &integers_[r * dim + p * 32];
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(low_half)));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 16), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(high_half)));
+      }
+    at_ = low;
+    known_ = true;
+  }
+
+  template <int kWidth, class Code>
+  void pick(const Code* codes, int64_t stride, int64_t count, float* to) {
+    const Books& books = *call_.key.books;
+    if (in_order_ && books.groups == 4 && books.stages == 8)
+      tile<kWidth, 4, 8>(codes, stride, count, to);
+    else if (in_order_ && books.groups == 2 && books.stages == 8)
+      tile<kWidth, 2, 8>(codes, stride, count, to);
+    else
+      tile<kWidth, 0, 0>(codes, stride, count, to);
+  }
+
+  template <int kWidth, int kGroups, int kStages, class Code>
+  void tile(const Code* codes, int64_t stride, int64_t count, float* to) {
+    const int64_t groups = kGroups ? kGroups : call_.key.books->groups, stages = kStages ? kStages : call_.key.books->stages;
+    const int64_t dim = groups * 32;
+    const int16_t* turns = plan_.table->turns.data();
+    const __m512 back = _mm512_broadcast_f32x4(_mm_loadu_ps(inverse_.data()));
+    const __m512 back_next = _mm512_broadcast_f32x4(_mm_loadu_ps(inverse_.data() + 4));
+    for (int64_t t = 0; t < count; t += 4) {
+      __m512i quarter[kWidth / 4][4];
+      for (int k = 0; k < 4; k++) {
+        const int64_t at = std::min(t + k, count - 1);
+        const Code* code = codes + at * stride;
+        const int16_t* turn = turns + offset_[at] * groups * 64;
+        __m512i acc[kWidth];
+        for (int r = 0; r < kWidth; r++) acc[r] = _mm512_setzero_si512();
+#pragma GCC unroll 4
+        for (int64_t p = 0; p < groups; p++) {
+          __m512i z = add_up<kStages>(code, p, groups, stages);
+          const __m512i swapped = _mm512_shuffle_i64x2(z, z, 0x4e);
+          z = _mm512_add_epi16(_mm512_mulhrs_epi16(z, _mm512_loadu_si512(turn + p * 64)),
+                               _mm512_mulhrs_epi16(swapped, _mm512_loadu_si512(turn + p * 64 + 32)));
+#pragma GCC unroll 8
+          for (int r = 0; r < kWidth; r++)
+            acc[r] = _mm512_dpwssd_epi32(acc[r], z, _mm512_loadu_si512(integers_.data() + r * dim + p * 32));
+        }
+        for (int h = 0; h < kWidth / 4; h++) {
+          const __m512i* a = acc + 4 * h;
+          const __m512i x = _mm512_add_epi32(_mm512_unpacklo_epi32(a[0], a[1]), _mm512_unpackhi_epi32(a[0], a[1]));
+          const __m512i y = _mm512_add_epi32(_mm512_unpacklo_epi32(a[2], a[3]), _mm512_unpackhi_epi32(a[2], a[3]));
+          quarter[h][k] = _mm512_add_epi32(_mm512_unpacklo_epi64(x, y), _mm512_unpackhi_epi64(x, y));
+        }
+      }
+      __m512 result[kWidth / 4];  // 128 bits a key: four rows
+      for (int h = 0; h < kWidth / 4; h++) {
+        const __m512i* u = quarter[h];
+        const __m512i x = _mm512_add_epi32(_mm512_shuffle_i32x4(u[0], u[1], 0x88), _mm512_shuffle_i32x4(u[0], u[1], 0xdd));
+        const __m512i y = _mm512_add_epi32(_mm512_shuffle_i32x4(u[2], u[3], 0x88), _mm512_shuffle_i32x4(u[2], u[3], 0xdd));
+        const __m512i whole = _mm512_add_epi32(_mm512_shuffle_i32x4(x, y, 0x88), _mm512_shuffle_i32x4(x, y, 0xdd));
+        result[h] = _mm512_mul_ps(_mm512_cvtepi32_ps(whole), h ? back_next : back);
+      }
+      if constexpr (kWidth == 4) {
+        _mm512_storeu_ps(to + t * 4, result[0]);
+      } else {
+        alignas(64) float half[2][16];
+        _mm512_store_ps(half[0], result[0]);
+        _mm512_store_ps(half[1], result[1]);
+        for (int k = 0; k < 4; k++)
+          for (int h = 0; h < 2; h++) std::copy_n(half[h] + 4 * k, 4, to + (t + k) * 8 + 4 * h);
+      }
+    }
+  }
+
+  const RotatedPlan& plan_;
+  const AttendCall& call_;
+  int64_t b_, g_, rows_;
+  std::vector<float> query_, turned_, inverse_;  // coded order, in units of the integers
+  std::vector<float> sine_, cosine_;
+  Aligned<int16_t> integers_;  // [8][dim], coded order
+  std::vector<const int16_t*> tables_;  // of each code
+  bool in_order_ = false;
+  std::vector<uint16_t> codes_;
+  uint8_t offset_[kRotationTile] = {};
+  int32_t at_ = 0;
+  int64_t onwards_ = 0;
+  bool known_ = false;
+};
+
+#else
+
+struct RotatedPlan {
+  bool possible = false;
+  explicit RotatedPlan(const AttendCall&) {}
+};
+
+struct RotatedScores {
+  RotatedScores(const RotatedPlan&, const AttendCall&, int64_t, int64_t, int64_t, int64_t) {}
+  template <int kWidth>
+  void scores(int64_t, int64_t, float*) {}
+};
+
+#endif
+
+}  // namespace kvfold

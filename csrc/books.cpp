@@ -1,0 +1,114 @@
+#include "books.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+
+namespace kvfold {
+namespace {
+
+constexpr double kRange = 32000 / 1.4143;  // of an integer sum: a rotation may lengthen one entry by the square root of 2
+
+// For every head, sqrt(sum over groups of (sum over stages of the longest codeword)^2).
+std::vector<float> longest_vectors(const Books& books, const std::vector<double>& longest_codeword) {
+  std::vector<float> result(books.heads);
+  for (int64_t g = 0; g < books.heads; g++) {
+    double square = 0;
+    for (int64_t p = 0; p < books.groups; p++) {
+      double sum = 0;
+      for (int64_t s = 0; s < books.stages; s++) sum += longest_codeword[books.book[g * books.codes() + s * books.groups + p]];
+      square += sum * sum;
+    }
+    result[g] = static_cast<float>(std::sqrt(square));
+  }
+  return result;
+}
+
+template <class Table>
+std::vector<double> longest_codewords(const Books& books, const Table& table) {
+  std::vector<double> result(books.count, 0.0);
+  for (int64_t m = 0; m < books.count; m++)
+    for (int64_t c = 0; c < books.size; c++) {
+      double square = 0;
+      for (int64_t j = 0; j < books.dim; j++) {
+        const double x = table[(m * books.size + c) * books.dim + j];
+        square += x * x;
+      }
+      result[m] = std::max(result[m], std::sqrt(square));
+    }
+  return result;
+}
+
+Books::Integers make_integers(const Books& books) {
+  Books::Integers made;
+  const int64_t dim = books.dim, half = dim / 2;
+  std::vector<double> reach(dim, 0.0);  // largest magnitude of a sum of one codeword a stage, over heads and groups
+  std::vector<double> peak(books.count * dim, 0.0);
+  for (int64_t m = 0; m < books.count; m++)
+    for (int64_t c = 0; c < books.size; c++)
+      for (int64_t j = 0; j < dim; j++)
+        peak[m * dim + j] = std::max<double>(peak[m * dim + j], std::fabs(books.table(m)[c * dim + j]));
+  for (int64_t g = 0; g < books.heads; g++)
+    for (int64_t p = 0; p < books.groups; p++)
+      for (int64_t j = 0; j < dim; j++) {
+        double sum = 0;
+        for (int64_t s = 0; s < books.stages; s++) sum += peak[books.book[g * books.codes() + s * books.groups + p] * dim + j];
+        reach[j] = std::max(reach[j], sum);
+      }
+  made.step.resize(dim);
+  for (int64_t j = 0; j < half; j++) {
+    const double largest = std::max(reach[j], reach[j + half]);
+    made.step[j] = made.step[j + half] = static_cast<float>(largest > 0 ? largest / (kRange - books.stages) : 1.0);
+  }
+  made.values.resize(books.rows.size());
+  for (size_t i = 0; i < books.rows.size(); i++)
+    made.values[i] = static_cast<int16_t>(std::lrint(books.rows[i] / made.step[i % dim]));
+  made.longest = longest_vectors(books, longest_codewords(books, made.values));
+  return made;
+}
+
+}  // namespace
+
+Books::Books(const float* codebooks, int64_t count, int64_t size, int64_t dim, const int64_t* book, int64_t stages,
+             int64_t heads, int64_t groups, const int64_t* channels)
+    : count(count), size(size), dim(dim), stages(stages), heads(heads), groups(groups) {
+  this->book.resize(heads * stages * groups);
+  for (int64_t s = 0; s < stages; s++)
+    for (int64_t g = 0; g < heads; g++)
+      for (int64_t p = 0; p < groups; p++) {
+        const int64_t m = book[(s * heads + g) * groups + p];
+        if (m < 0 || m >= count) throw std::invalid_argument("book names a codebook that is not there");
+        this->book[g * stages * groups + s * groups + p] = static_cast<int32_t>(m);
+      }
+  std::vector<bool> seen(groups * dim, false);
+  for (int64_t i = 0; i < groups * dim; i++) {
+    const int64_t channel = channels[i];
+    if (channel < 0 || channel >= groups * dim || seen[channel])
+      throw std::invalid_argument("channels are no permutation of the head's");
+    seen[channel] = true;
+    this->channels.push_back(static_cast<int32_t>(channel));
+  }
+  rows.assign(codebooks, codebooks + count * size * dim);
+  const int64_t padded = padded_size();
+  columns.assign(count * dim * padded, 0.0f);
+  half_norms.assign(count * padded, std::numeric_limits<float>::infinity());
+  for (int64_t m = 0; m < count; m++)
+    for (int64_t c = 0; c < size; c++) {
+      float square = 0;
+      for (int64_t j = 0; j < dim; j++) {
+        const float x = table(m)[c * dim + j];
+        columns[(m * dim + j) * padded + c] = x;
+        square += x * x;
+      }
+      half_norms[m * padded + c] = square * 0.5f;
+    }
+  longest = longest_vectors(*this, longest_codewords(*this, rows));
+}
+
+const Books::Integers& Books::integers() const {
+  std::call_once(made, [this] { whole = make_integers(*this); });
+  return whole;
+}
+
+}  // namespace kvfold

@@ -1,0 +1,63 @@
+// Codebooks made ready for the kernels: float32 in the layouts they read, checked once.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <mutex>
+#include <new>
+#include <vector>
+
+namespace kvfold {
+
+// Memory that starts on a cache line, so that no load of a codeword crosses one.
+template <class T>
+struct LineAllocator {
+  using value_type = T;
+  LineAllocator() = default;
+  template <class U>
+  LineAllocator(const LineAllocator<U>&) {}
+  T* allocate(std::size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64))); }
+  void deallocate(T* p, std::size_t) { ::operator delete(p, std::align_val_t(64)); }
+  bool operator==(const LineAllocator&) const { return true; }
+  bool operator!=(const LineAllocator&) const { return false; }
+};
+
+template <class T>
+using Aligned = std::vector<T, LineAllocator<T>>;
+
+// Codebooks `[M, C, d]` and which of them stage s of KV head g, group p uses (`book[S, G, P]`); `channels[P, d]` says which
+// channel of a head each entry of a group is. Codes of a token lie stage by stage: code l = s * P + p.
+struct Books {
+  int64_t count, size, dim;            // M, C, d
+  int64_t stages, heads, groups;       // S, G, P
+  std::vector<int32_t> book;           // [G][S * P]: index of the codebook of each code
+  std::vector<int32_t> channels;       // [P * d]
+  Aligned<float> rows;                 // [M][C][d]
+  Aligned<float> columns;              // [M][d][padded C]: entry j of all codewords side by side; padding is 0
+  Aligned<float> half_norms;           // [M][padded C]: ||codeword||^2 / 2; padding is infinite
+  std::vector<float> longest;          // [G]: no decoded vector of head g, scale 1, is longer
+
+  // For kernels that add codewords as 16-bit integers: entry j is `values * step[j]`, and no sum of one codeword a stage
+  // leaves the range. The step of entries j and j + d / 2 is the same, so that pairs can be rotated.
+  struct Integers {
+    Aligned<int16_t> values;     // [M][C][d]
+    std::vector<float> step;     // [d]
+    std::vector<float> longest;  // [G]: as that of the books, in integers
+  };
+  const Integers& integers() const;  // made at the first call; d is even
+
+  int64_t codes() const { return stages * groups; }
+  int64_t head_dim() const { return groups * dim; }
+  int64_t padded_size() const { return (size + 63) / 64 * 64; }
+  const float* table(int64_t m) const { return rows.data() + m * size * dim; }
+
+  // Throws std::invalid_argument if `book` names a codebook that is not there, or `channels` is no permutation.
+  Books(const float* codebooks, int64_t count, int64_t size, int64_t dim, const int64_t* book, int64_t stages, int64_t heads,
+        int64_t groups, const int64_t* channels);
+
+ private:
+  mutable std::once_flag made;
+  mutable Integers whole;
+};
+
+}  // namespace kvfold

@@ -1,0 +1,71 @@
+// The ops on flat arrays. Sizes are explicit and were checked by the caller (module.cpp); codes
+// are checked here, since that takes a look at them.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+
+#include "books.h"
+
+namespace kvfold {
+
+struct CodeOutOfRange : std::invalid_argument {
+  CodeOutOfRange() : std::invalid_argument("a code names a codeword that is not there") {}
+};
+
+// vectors [batch, heads, tokens, groups, dim] with dense (tokens, groups, dim); codes int32 [batch, heads, tokens, stages,
+// groups].
+struct EncodeCall {
+  const float* vectors;
+  int32_t* codes;
+  int64_t batch, tokens, beam;
+  const Books* books;
+  int threads;
+};
+
+struct DecodeCall {
+  const int32_t* codes;
+  float* vectors;
+  int64_t batch, tokens;
+  const Books* books;
+  int threads;
+};
+
+// One side of attention. Codes: `packed` rows of `bits`-bit codes with strides in bytes, `scale` float16 with strides in
+// elements. Dense: `dense` float32 with strides in elements; then `books` is null.
+struct Side {
+  const Books* books = nullptr;
+  const uint8_t* packed = nullptr;
+  const uint16_t* scale = nullptr;
+  const float* dense = nullptr;
+  int bits = 0;
+  int64_t batch_stride = 0, head_stride = 0, token_stride = 0;
+  int64_t scale_batch_stride = 0, scale_head_stride = 0, scale_token_stride = 0;
+  int64_t dim = 0;  // D
+};
+
+struct AttendCall {
+  const float* query;  // [batch, kv_heads, shared, queries, key.dim], dense
+  float* out;          // [batch, kv_heads, shared, queries, value.dim]
+  float* lse;          // [batch, kv_heads, shared, queries]
+  int64_t batch, kv_heads, shared, queries, tokens;
+  Side key, value;
+  const int32_t* positions = nullptr;  // [batch or 1, tokens]; null: keys are read as they are
+  int64_t positions_stride = 0;        // 0 if all of the batch share them
+  const float* inv_freq = nullptr;     // [rotary]
+  int64_t rotary = 0;
+  float factor = 1;
+  bool interleaved = false;
+  const uint8_t* mask = nullptr;  // [batch or 1, queries, tokens], 0 hides; null: all is seen
+  int64_t mask_batch_stride = 0, mask_query_stride = 0, mask_token_stride = 1;
+  float softmax_scale = 1;
+  float softcap = 0;  // 0: none
+  float skip = 0;     // allowed error of the output over its norm, from keys whose values are not read
+  int threads = 1;
+};
+
+void encode(const EncodeCall&);
+void decode(const DecodeCall&);
+void attend(const AttendCall&);
+
+}  // namespace kvfold

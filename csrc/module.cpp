@@ -1,0 +1,248 @@
+// The Python module: checks shapes, finds pointers, releases the GIL. Compiled once an instruction set, as a module each:
+// code that the linker might share between instruction sets would stop an older CPU.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <initializer_list>
+#include <optional>
+#include <string>
+
+#include "kernels.h"
+#include "pool.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace kvfold {
+namespace {
+
+template <class T>
+using Array = nb::ndarray<T, nb::device::cpu>;
+
+void require(bool holds, const char* what) {
+  if (!holds) throw std::invalid_argument(what);
+}
+
+template <class T>
+void require_shape(const Array<T>& array, std::initializer_list<int64_t> shape, const char* what) {
+  bool same = array.ndim() == shape.size();
+  size_t axis = 0;
+  for (int64_t size : shape) same = same && array.shape(axis) == static_cast<size_t>(size), axis++;
+  if (!same) throw std::invalid_argument(std::string("shape of ") + what);
+}
+
+template <class T>
+void require_dense(const Array<T>& array, const char* what) {
+  if (array.size() == 0) return;
+  int64_t stride = 1;
+  for (size_t axis = array.ndim(); axis-- > 0; stride *= static_cast<int64_t>(array.shape(axis)))
+    if (array.shape(axis) > 1 && array.stride(axis) != stride) throw std::invalid_argument(std::string(what) + " has gaps");
+}
+
+Books* make_books(const Array<const float>& codebooks, const Array<const int64_t>& book, const Array<const int64_t>& channels) {
+  require(codebooks.ndim() == 3 && book.ndim() == 3, "codebooks [M, C, d] and book [S, G, P]");
+  const int64_t count = codebooks.shape(0), size = codebooks.shape(1), dim = codebooks.shape(2);
+  require(size >= 1 && dim >= 1, "codebooks of at least one codeword");
+  require_shape(channels, {static_cast<int64_t>(book.shape(2)), dim}, "channels, not [P, d]");
+  require_dense(codebooks, "codebooks");
+  require_dense(book, "book");
+  require_dense(channels, "channels");
+  return new Books(codebooks.data(), count, size, dim, book.data(), book.shape(0), book.shape(1), book.shape(2),
+                   channels.data());
+}
+
+void encode_arrays(const Array<const float>& vectors, const Books& books, int64_t beam, int threads,
+                   const Array<int32_t>& codes) {
+  require(vectors.ndim() == 5, "vectors [B, G, T, P, d]");
+  const int64_t batch = vectors.shape(0), tokens = vectors.shape(2);
+  require_shape(vectors, {batch, books.heads, tokens, books.groups, books.dim}, "vectors, not [B, G, T, P, d] of the books");
+  require_shape(codes, {batch, books.heads, tokens, books.stages, books.groups}, "codes, not [B, G, T, S, P]");
+  require_dense(vectors, "vectors");
+  require_dense(codes, "codes");
+  require(beam >= 1, "beam of at least 1");
+  const EncodeCall call{vectors.data(), codes.data(), batch, tokens, beam, &books, threads};
+  nb::gil_scoped_release free;
+  encode(call);
+}
+
+void decode_arrays(const Array<const int32_t>& codes, const Books& books, int threads, const Array<float>& vectors) {
+  require(codes.ndim() == 5, "codes [B, G, T, S, P]");
+  const int64_t batch = codes.shape(0), tokens = codes.shape(2);
+  require_shape(codes, {batch, books.heads, tokens, books.stages, books.groups}, "codes, not [B, G, T, S, P] of the books");
+  require_shape(vectors, {batch, books.heads, tokens, books.groups, books.dim}, "vectors, not [B, G, T, P, d]");
+  require_dense(codes, "codes");
+  require_dense(vectors, "vectors");
+  const DecodeCall call{codes.data(), vectors.data(), batch, tokens, &books, threads};
+  nb::gil_scoped_release free;
+  decode(call);
+}
+
+Side coded_side(const Array<const uint8_t>& packed, const Array<const uint16_t>& scale, int bits, const Books& books,
+                int64_t batch, int64_t tokens) {
+  require(bits >= 1 && bits <= 16 && books.size <= int64_t{1} << bits, "codes of 1 to 16 bits that number all codewords");
+  const int64_t bytes = (books.codes() * bits + 7) / 8;
+  require_shape(packed, {batch, books.heads, tokens, bytes}, "packed codes, not [B, G, T, bytes]");
+  require_shape(scale, {batch, books.heads, tokens, 1}, "scale, not [B, G, T, 1]");
+  require(bytes <= 1 || packed.stride(3) == 1, "packed codes have gaps within a token");
+  Side side;
+  side.books = &books;
+  side.packed = packed.data();
+  side.scale = scale.data();
+  side.bits = bits;
+  side.batch_stride = packed.stride(0), side.head_stride = packed.stride(1), side.token_stride = packed.stride(2);
+  side.scale_batch_stride = scale.stride(0), side.scale_head_stride = scale.stride(1), side.scale_token_stride = scale.stride(2);
+  side.dim = books.head_dim();
+  return side;
+}
+
+Side dense_side(const Array<const float>& vectors, int64_t batch, int64_t heads, int64_t tokens) {
+  require(vectors.ndim() == 4, "keys and values [B, G, T, D]");
+  require_shape(vectors, {batch, heads, tokens, static_cast<int64_t>(vectors.shape(3))}, "keys and values, not [B, G, T, D]");
+  require(vectors.shape(3) <= 1 || vectors.stride(3) == 1, "keys or values have gaps within a token");
+  Side side;
+  side.dense = vectors.data();
+  side.batch_stride = vectors.stride(0), side.head_stride = vectors.stride(1), side.token_stride = vectors.stride(2);
+  side.dim = vectors.shape(3);
+  return side;
+}
+
+using Mask = std::optional<Array<const uint8_t>>;
+
+void run_attend(const Array<const float>& query, AttendCall& call, const Mask& mask, const Array<float>& out,
+                const Array<float>& lse) {
+  require(query.ndim() == 4, "query [B, H, Q, D]");
+  const int64_t batch = call.batch, heads = query.shape(1), queries = query.shape(2);
+  require_shape(query, {batch, heads, queries, call.key.dim}, "query, not [B, H, Q, D] of the keys");
+  require(call.kv_heads > 0 && heads % call.kv_heads == 0, "query heads, no multiple of KV heads");
+  require_shape(out, {batch, heads, queries, call.value.dim}, "out, not [B, H, Q, D] of the values");
+  require_shape(lse, {batch, heads, queries}, "lse, not [B, H, Q]");
+  require_dense(query, "query");
+  require_dense(out, "out");
+  require_dense(lse, "lse");
+  call.query = query.data();
+  call.out = out.data();
+  call.lse = lse.data();
+  call.shared = heads / call.kv_heads;
+  call.queries = queries;
+  if (mask) {
+    require(mask->ndim() == 4, "mask [B or 1, 1, Q, T]");
+    const int64_t rows = mask->shape(0);
+    require(rows == 1 || rows == batch, "mask, not [B or 1, 1, Q, T]");
+    require_shape(*mask, {rows, 1, queries, call.tokens}, "mask, not [B or 1, 1, Q, T]");
+    call.mask = mask->data();
+    call.mask_batch_stride = rows == 1 ? 0 : mask->stride(0);
+    call.mask_query_stride = mask->stride(2);
+    call.mask_token_stride = mask->stride(3);
+  }
+  if (batch * heads * queries == 0) return;
+  nb::gil_scoped_release free;
+  attend(call);
+}
+
+void attend_codes(const Array<const float>& query, const Array<const uint8_t>& key_packed,
+                  const Array<const uint16_t>& key_scale, int key_bits, const Books& key_books,
+                  const Array<const uint8_t>& value_packed, const Array<const uint16_t>& value_scale, int value_bits,
+                  const Books& value_books, const std::optional<Array<const int32_t>>& positions,
+                  const std::optional<Array<const float>>& inv_freq, float factor, bool interleaved, const Mask& mask,
+                  float softmax_scale, float softcap, float skip, int threads, const Array<float>& out,
+                  const Array<float>& lse) {
+  require(key_packed.ndim() == 4, "packed codes [B, G, T, bytes]");
+  AttendCall call{};
+  call.batch = key_packed.shape(0), call.kv_heads = key_books.heads, call.tokens = key_packed.shape(2);
+  require(value_books.heads == key_books.heads, "keys and values of one number of KV heads");
+  call.key = coded_side(key_packed, key_scale, key_bits, key_books, call.batch, call.tokens);
+  call.value = coded_side(value_packed, value_scale, value_bits, value_books, call.batch, call.tokens);
+  require(positions.has_value() == inv_freq.has_value(), "positions and inv_freq together");
+  if (positions) {
+    const int64_t rows = positions->ndim() == 2 ? positions->shape(0) : 0;
+    require(rows == 1 || rows == call.batch, "positions [B or 1, T]");
+    require_shape(*positions, {rows, call.tokens}, "positions, not [B or 1, T]");
+    require_dense(*positions, "positions");
+    require(inv_freq->ndim() == 1 && 2 * static_cast<int64_t>(inv_freq->shape(0)) <= call.key.dim, "inv_freq [n], 2 n <= D");
+    require_dense(*inv_freq, "inv_freq");
+    call.positions = positions->data();
+    call.positions_stride = rows == 1 ? 0 : call.tokens;
+    call.inv_freq = inv_freq->data();
+    call.rotary = inv_freq->shape(0);
+    call.factor = factor;
+    call.interleaved = interleaved;
+  }
+  call.softmax_scale = softmax_scale;
+  call.softcap = softcap;
+  call.skip = skip;
+  call.threads = threads;
+  run_attend(query, call, mask, out, lse);
+}
+
+void attend_exact(const Array<const float>& query, const Array<const float>& keys, const Array<const float>& values,
+                  const Mask& mask, float softmax_scale, float softcap, int threads, const Array<float>& out,
+                  const Array<float>& lse) {
+  require(keys.ndim() == 4, "keys [B, G, T, D]");
+  AttendCall call{};
+  call.batch = keys.shape(0), call.kv_heads = keys.shape(1), call.tokens = keys.shape(2);
+  call.key = dense_side(keys, call.batch, call.kv_heads, call.tokens);
+  call.value = dense_side(values, call.batch, call.kv_heads, call.tokens);
+  call.softmax_scale = softmax_scale;
+  call.softcap = softcap;
+  call.threads = threads;
+  run_attend(query, call, mask, out, lse);
+}
+
+// Reads memory once and returns a sum of it: what no attention over that memory can be faster than.
+uint64_t read_array(const Array<const uint8_t>& bytes, int threads) {
+  require_dense(bytes, "bytes");
+  constexpr int64_t kPiece = 1 << 20;
+  const int64_t size = bytes.size(), pieces = (size + kPiece - 1) / kPiece;
+  const uint8_t* data = bytes.data();
+  std::atomic<uint64_t> total{0};
+  nb::gil_scoped_release free;
+  parallel_for(threads, pieces, [&](int64_t item) {
+    const uint8_t *at = data + item * kPiece, *const end = data + std::min(size, (item + 1) * kPiece);
+    uint64_t sums[32] = {};
+    for (; at + 256 <= end; at += 256) {
+      uint64_t words[32];
+      std::memcpy(words, at, 256);
+      for (int i = 0; i < 32; i++) sums[i] += words[i];
+    }
+    uint64_t sum = 0;
+    for (uint64_t part : sums) sum += part;
+    for (; at < end; at++) sum += *at;
+    total += sum;
+  });
+  return total;
+}
+
+bool supports(const std::string& isa) {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  if (isa == "avx2") return avx2;
+  if (isa == "avx512")
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+#endif
+  return isa == "portable";
+}
+
+}  // namespace
+}  // namespace kvfold
+
+NB_MODULE(KV_MODULE, m) {
+  using namespace kvfold;
+  nb::class_<Books>(m, "Books").def_prop_ro("heads", [](const Books& books) { return books.heads; });
+  m.def("make_books", &make_books, "codebooks"_a, "book"_a, "channels"_a, nb::rv_policy::take_ownership);
+  m.def("encode", &encode_arrays);
+  m.def("decode", &decode_arrays);
+  m.def("attend_codes", &attend_codes, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+        nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(),
+        nb::arg(), nb::arg(), nb::arg());
+  m.def("attend_exact", &attend_exact, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(),
+        nb::arg(), nb::arg());
+  m.def("read", &read_array, "bytes"_a, "threads"_a);
+  m.def("supports", &supports, "isa"_a, "Whether this CPU runs the module of that instruction set.");
+}

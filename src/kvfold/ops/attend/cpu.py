@@ -1,0 +1,152 @@
+"""Attention in C++ (csrc/attend*.h): on codes, and on exact keys and values.
+
+A few queries (a decode step) work on tables and never decode; see docs/performance.md for how, and for the error: 1e-3 of
+the output's root mean square for keys coded before RoPE with AVX-512 (16-bit integers), 1e-5 otherwise. Where softmax
+weights vanish, values are left unread as long as the output provably changes by at most `SKIP` of its norm.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from kvfold.ops import native
+from kvfold.ops.attend.naive import Coded, Rotation
+
+SKIP = 1e-4  # `KVFOLD_SKIP` sets another; 0 reads every value
+
+
+def attend(
+    query: Tensor,
+    key: Coded,
+    value: Coded,
+    rotation: Rotation | None,
+    mask: Tensor | None,
+    softmax_scale: float,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `naive.attend`; ValueError for a code that names no codeword."""
+    positions, inv_freq, factor, interleaved = rotation or (None, None, 1.0, False)
+    return torch.ops.kvfold.attend_codes(
+        query,
+        *(key.packed, key.scale, key.codebooks, key.book, key.channels, key.bits),
+        *(value.packed, value.scale, value.codebooks, value.book, value.channels, value.bits),
+        *(positions, inv_freq, factor, interleaved, mask, softmax_scale, softcap or 0.0, _skip()),
+    )
+
+
+def attend_exact(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, softmax_scale: float, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `naive.attend_exact`."""
+    return torch.ops.kvfold.attend_exact(query, keys, values, mask, softmax_scale, softcap or 0.0)
+
+
+def _skip() -> float:
+    return float(os.environ.get("KVFOLD_SKIP") or SKIP)
+
+
+def _attend_codes(
+    query: Tensor,
+    key_packed: Tensor,
+    key_scale: Tensor,
+    key_codebooks: Tensor,
+    key_book: Tensor,
+    key_channels: Tensor,
+    key_bits: int,
+    value_packed: Tensor,
+    value_scale: Tensor,
+    value_codebooks: Tensor,
+    value_book: Tensor,
+    value_channels: Tensor,
+    value_bits: int,
+    positions: Tensor | None,
+    inv_freq: Tensor | None,
+    factor: float,
+    interleaved: bool,
+    mask: Tensor | None,
+    softmax_scale: float,
+    softcap: float,
+    skip: float,
+) -> tuple[Tensor, Tensor]:
+    array = native.array
+    out, lse = _results(query, value_channels.numel())
+    native.module().attend_codes(
+        array(query.float().contiguous()),
+        array(key_packed),
+        array(key_scale.view(torch.uint16)),
+        key_bits,
+        native.books(key_codebooks, key_book, key_channels),
+        array(value_packed),
+        array(value_scale.view(torch.uint16)),
+        value_bits,
+        native.books(value_codebooks, value_book, value_channels),
+        None if positions is None else array(positions.to(torch.int32).contiguous()),
+        None if inv_freq is None else array(inv_freq.float().contiguous()),
+        factor,
+        interleaved,
+        None if mask is None else array(mask.view(torch.uint8)),
+        softmax_scale,
+        softcap,
+        skip,
+        torch.get_num_threads(),
+        array(out),
+        array(lse),
+    )
+    return out, lse
+
+
+def _attend_exact(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, softmax_scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
+    array = native.array
+    out, lse = _results(query, values.shape[-1])
+    native.module().attend_exact(
+        array(query.float().contiguous()),
+        array(keys.float()),
+        array(values.float()),
+        None if mask is None else array(mask.view(torch.uint8)),
+        softmax_scale,
+        softcap,
+        torch.get_num_threads(),
+        array(out),
+        array(lse),
+    )
+    return out, lse
+
+
+def _results(query: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    out = query.new_empty((*query.shape[:3], dim), dtype=torch.float32)
+    return out, query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+native.LIBRARY.define(
+    "attend_codes(Tensor query, "
+    + "".join(
+        f"Tensor {side}_packed, Tensor {side}_scale, Tensor {side}_codebooks, Tensor {side}_book, "
+        f"Tensor {side}_channels, int {side}_bits, "
+        for side in ("key", "value")
+    )
+    + "Tensor? positions, Tensor? inv_freq, float factor, bool interleaved, Tensor? mask, float softmax_scale, "
+    "float softcap, float skip) -> (Tensor, Tensor)"
+)
+native.LIBRARY.impl("attend_codes", _attend_codes, "CPU")
+native.LIBRARY.define(
+    "attend_exact(Tensor query, Tensor keys, Tensor values, Tensor? mask, float softmax_scale, float softcap) "
+    "-> (Tensor, Tensor)"
+)
+native.LIBRARY.impl("attend_exact", _attend_exact, "CPU")
+
+
+@torch.library.register_fake("kvfold::attend_codes")
+def _(query: Tensor, *given: object) -> tuple[Tensor, Tensor]:
+    channels = given[10]
+    assert isinstance(channels, Tensor)
+    return _results(query, channels.numel())
+
+
+@torch.library.register_fake("kvfold::attend_exact")
+def _(query: Tensor, keys: Tensor, values: Tensor, *given: object) -> tuple[Tensor, Tensor]:
+    return _results(query, values.shape[-1])

@@ -1,0 +1,94 @@
+"""The compiled CPU ops: which module runs here, and codebooks made ready for it.
+
+There is one module an instruction set, `_cpu_portable`, `_cpu_avx2`, `_cpu_avx512`; the best that the CPU has is used, or the
+one that `KVFOLD_CPU_ISA` names. Without a compiler at installation there is none, and the ops run as plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from kvfold.errors import InputError
+
+ISAS = ("avx512", "avx2", "portable")
+MISSING = "kvfold was installed without its native CPU ops: install a C++ compiler (GCC or Clang), then kvfold again"
+LIBRARY = torch.library.Library("kvfold", "DEF")
+
+
+def available_isas() -> list[str]:
+    """Instruction sets whose module is installed and runs on this CPU, the best first."""
+    portable = _module("portable")
+    return [] if portable is None else [isa for isa in ISAS if portable.supports(isa) and _module(isa) is not None]
+
+
+def isa() -> str:
+    """The instruction set whose module is used.
+
+    Raises:
+        InputError: there is none, or `KVFOLD_CPU_ISA` names one that does not run here.
+    """
+    isas = available_isas()
+    if not isas:
+        raise InputError("native CPU ops", MISSING, "or unset KVFOLD_BACKEND")
+    wanted = os.environ.get("KVFOLD_CPU_ISA") or isas[0]
+    if wanted not in isas:
+        raise InputError(f"an instruction set among {', '.join(isas)}", repr(wanted), "unset KVFOLD_CPU_ISA or choose another")
+    return wanted
+
+
+def module() -> ModuleType:
+    """The module to use; raises as `isa`."""
+    chosen = _module(isa())
+    assert chosen is not None
+    return chosen
+
+
+_modules: dict[str, ModuleType | None] = {}
+
+
+def _module(isa: str) -> ModuleType | None:
+    if isa not in _modules:
+        try:
+            _modules[isa] = importlib.import_module(f"kvfold.ops._cpu_{isa}")
+        except ImportError:
+            _modules[isa] = None
+    return _modules[isa]
+
+
+def array(tensor: Tensor) -> Any:
+    """`tensor` as the modules take it, without copying: a DLPack capsule."""
+    return torch.utils.dlpack.to_dlpack(tensor.detach())
+
+
+def books(codebooks: Tensor, book: Tensor, channels: Tensor | None = None) -> Any:
+    """Codebooks made ready, once for as long as the tensor `codebooks` lives and is not written to.
+
+    `channels` are needed by attention; encoding and decoding know none.
+    """
+    native = module()
+    known = _ready.setdefault(codebooks, [])
+    for version, other_book, other_channels, other_module, ready in known:
+        same = version == codebooks._version and other_module is native and _equal(other_book, book)
+        if same and (channels is None or _equal(other_channels, channels)):
+            return ready
+    if channels is None:
+        channels = torch.arange(book.shape[2] * codebooks.shape[2]).view(book.shape[2], -1)
+    table = codebooks.detach().float().contiguous()
+    whole = [part.detach().to(torch.int64).contiguous() for part in (book, channels)]
+    ready = native.make_books(array(table), array(whole[0]), array(whole[1]))
+    known.append((codebooks._version, *whole, native, ready))
+    return ready
+
+
+_ready: Any = WeakTensorKeyDictionary()
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    return first is second or (first.shape == second.shape and torch.equal(first, second.to(first.dtype)))
