@@ -52,13 +52,6 @@ inline const uint8_t* code_row(const Side& side, int64_t b, int64_t g, int64_t t
   return side.packed + b * side.batch_stride + g * side.head_stride + t * side.token_stride;
 }
 
-// Asks for the codes of tokens first..last-1 ahead of their use: they come from far memory while others are worked on.
-inline void fetch(const Side& side, int64_t b, int64_t g, int64_t first, int64_t last) {
-  if (first >= last) return;
-  const uint8_t *at = code_row(side, b, g, first), *const end = at + (last - first) * side.token_stride;
-  for (; at < end; at += 64) __builtin_prefetch(at, 0, 2);
-}
-
 inline void read_scales(const Side& side, int64_t b, int64_t g, int64_t first, int64_t count, float* to) {
   const uint16_t* from = side.scale + b * side.scale_batch_stride + g * side.scale_head_stride + first * side.scale_token_stride;
   if (side.scale_token_stride == 1)

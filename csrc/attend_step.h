@@ -15,7 +15,7 @@
 
 namespace kvfold {
 
-constexpr int64_t kStepBlock = 512;   // keys whose scores are held at a time
+constexpr int64_t kStepBlock = 2048;  // keys whose scores are held at a time
 constexpr int64_t kStepChunk = 16384;  // keys of a piece of work
 constexpr int64_t kLaneBlock = 8;      // codes whose tables are in the first-level cache together
 constexpr float kRescale = 20;         // a maximum that rises by less needs no rescaling in float32
@@ -60,25 +60,43 @@ struct Step {
   }
   static void put(float* to, Wide v) { std::memcpy(to, &v, sizeof v); }
 
-  // tables [codes][C][kWidth] from `query [rows][dim]`, channels in coded order.
-  static void make_tables(const Books& books, const int32_t* book, const float* query, int64_t rows, float* tables) {
+  // tables [codes][C][kWidth] from `query [kWidth][dim]`, channels in coded order.
+  static void make_tables(const Books& books, const int32_t* book, const float* query, float* tables) {
     const int64_t dim = books.dim, padded = books.padded_size(), head_dim = books.head_dim();
     for (int64_t l = 0; l < books.codes(); l++) {
       const float* columns = books.columns.data() + book[l] * dim * padded;
       const float* part = query + l % books.groups * dim;
       float* table = tables + l * books.size * kWidth;
-      for (int64_t c = 0; c < books.size; c += lanes) {
-        vf acc[kWidth];
-        for (vf& a : acc) a = vf{};
+      constexpr int kBunch = kWidth == 4 ? 4 : 2;  // lane vectors of codewords at a time; the columns are padded to many
+      for (int64_t first = 0; first < books.size; first += kBunch * lanes) {
+        vf acc[kBunch][kWidth];
+        for (auto& bunch : acc)
+          for (vf& a : bunch) a = vf{};
         for (int64_t j = 0; j < dim; j++) {
-          const vf column = load(columns + j * padded + c);
-          for (int r = 0; r < kWidth; r++) acc[r] += (r < rows ? part[r * head_dim + j] : 0.0f) * column;
+          vf column[kBunch];
+          for (int w = 0; w < kBunch; w++) column[w] = hold(load(columns + j * padded + first + w * lanes));
+          for (int r = 0; r < kWidth; r++) {
+            const vf entry = splat(part[r * head_dim + j]);
+            for (int w = 0; w < kBunch; w++) acc[w][r] += entry * column[w];
+          }
         }
-        const int64_t count = std::min<int64_t>(lanes, books.size - c);
-        for (int64_t i = 0; i < count; i++)
-          for (int r = 0; r < kWidth; r++) table[(c + i) * kWidth + r] = acc[r][i];
+        for (int w = 0; w < kBunch; w++) put_table(acc[w], books.size - first - w * lanes, table + (first + w * lanes) * kWidth);
       }
     }
+  }
+
+  // Entries of one lane vector of codewords, of which `count` are there, row beside row.
+  static void put_table(const vf (&acc)[kWidth], int64_t count, float* table) {
+    if (kWidth == 4 && count >= lanes) {
+      const vf a = zip<0>(acc[0], acc[2]), b = zip<0>(acc[1], acc[3]), c = zip<1>(acc[0], acc[2]), d = zip<1>(acc[1], acc[3]);
+      store(table, zip<0>(a, b));
+      store(table + lanes, zip<1>(a, b));
+      store(table + 2 * lanes, zip<0>(c, d));
+      store(table + 3 * lanes, zip<1>(c, d));
+      return;
+    }
+    for (int64_t i = 0; i < std::min<int64_t>(lanes, count); i++)
+      for (int r = 0; r < kWidth; r++) table[i * kWidth + r] = acc[r][i];
   }
 
   // scores [count][kWidth] of keys whose codes have `stride`; kSize codewords a table, 0 for `size` of them.
@@ -173,8 +191,12 @@ struct Step {
         for (int64_t c = 0; c < size; c++) sums[r * head_dim + j] += mass[c * kWidth + r] * table[c * dim + j];
   }
 
-  static void spread(const float* numbers, int64_t count, float* wide) {
-    for (int64_t t = 0; t < count; t++) put(wide + t * kWidth, Wide{} + numbers[t]);
+  // Each number kWidth times. On the way, rows that are needed next are asked for, so that far memory is not waited for.
+  static void spread(const float* numbers, int64_t count, float* wide, const uint8_t* next_row, int64_t stride) {
+    for (int64_t t = 0; t < count; t++) {
+      put(wide + t * kWidth, Wide{} + numbers[t]);
+      __builtin_prefetch(next_row + t * stride, 0, 2);
+    }
   }
 
   static void hide(const AttendCall& call, int64_t b, int64_t first_row, int64_t rows, int64_t first, int64_t count,
@@ -280,11 +302,11 @@ struct Step {
     if (!rotated)
       parallel_for(call.threads, pairs * sets, [&](int64_t item) {
         const int64_t pair = item / sets, first = item % sets * kWidth, rows = std::min<int64_t>(kWidth, all - first);
-        std::vector<float> query(rows * dim);
+        std::vector<float> query(kWidth * dim);
         for (int64_t r = 0; r < rows; r++)
           for (int64_t i = 0; i < dim; i++)
             query[r * dim + i] = call.query[(pair * all + first + r) * dim + keys.channels[i]] * call.softmax_scale;
-        make_tables(keys, keys.book.data() + pair % call.kv_heads * keys.codes(), query.data(), rows,
+        make_tables(keys, keys.book.data() + pair % call.kv_heads * keys.codes(), query.data(),
                     tables.data() + item * table_size);
       });
 
@@ -311,7 +333,6 @@ struct Step {
         const int64_t count = std::min(kStepBlock, end - first);
         read_scales(call.key, b, g, first, count, scales.data());
         const uint8_t* row = code_row(call.key, b, g, first);
-        fetch(call.value, b, g, first, first + count);
         if (rotated) {
           rotation.template scores<kWidth>(first, count, scores.data());
         } else {
@@ -323,7 +344,7 @@ struct Step {
             look_up<0>(codes.data(), keys.codes(), count, keys.codes(), keys.size, table, scores.data());
           }
         }
-        spread(scales.data(), count, wide.data());
+        spread(scales.data(), count, wide.data(), code_row(call.value, b, g, first), call.value.token_stride);
         if (call.mask) hide(call, b, first_row, rows, first, count, scores.data());
         const Wide best = scale_scores(scores.data(), wide.data(), count * kWidth, call.softcap);
         for (int64_t r = 0; r < rows; r++) {
@@ -342,7 +363,8 @@ struct Step {
         }
         if (!seen) continue;
         read_scales(call.value, b, g, first, count, scales.data());
-        spread(scales.data(), count, wide.data());
+        spread(scales.data(), count, wide.data(), code_row(call.key, b, g, std::min(first + count, end - 1)),
+               first + 2 * count <= end ? call.key.token_stride : 0);
         Wide block_sum, block_mass, block_least;
         weigh(scores.data(), wide.data(), count * kWidth, reference, block_sum, block_mass, block_least);
         sum_of += block_sum;
@@ -365,7 +387,6 @@ struct Step {
           }
         }
         row = code_row(call.value, b, g, first);
-        fetch(call.key, b, g, first + count, std::min(first + count + kStepBlock, end));
         if (value_bytes) {
           add_mass<256>(row, call.value.token_stride, places, count_kept, values.codes(), values.size, chosen, mass.data());
         } else {

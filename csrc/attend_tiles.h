@@ -7,7 +7,7 @@
 namespace kvfold {
 
 constexpr int64_t kTile = 64;    // keys
-constexpr int64_t kRowsGoal = 64;  // query rows (heads that share a KV head, times queries) of a piece of work
+constexpr int64_t kRowsGoal = 192;  // query rows (heads that share a KV head, times queries) of a piece of work
 constexpr int64_t kChunk = 4096;   // keys of a piece of work when there is one query
 
 // Channel order of a decoded tile. Rotated keys come as first members of the pairs, second members, the rest, so that a
@@ -33,6 +33,25 @@ struct Order {
   }
 };
 
+// to[j] = sum over s of codewords[s][j], in the order of the stages.
+inline void add_up(const float* const* codewords, int64_t stages, int64_t dim, float* to) {
+  int64_t j = 0;
+  for (; j + 2 * lanes <= dim; j += 2 * lanes) {
+    vf low = load(codewords[0] + j), high = load(codewords[0] + j + lanes);
+    for (int64_t s = 1; s < stages; s++) {
+      low += load(codewords[s] + j);
+      high += load(codewords[s] + j + lanes);
+    }
+    store(to + j, low);
+    store(to + j + lanes, high);
+  }
+  for (; j < dim; j++) {
+    float total = codewords[0][j];
+    for (int64_t s = 1; s < stages; s++) total += codewords[s][j];
+    to[j] = total;
+  }
+}
+
 // Vectors of scale 1 of tokens first..first+count-1, `[count][dim]`.
 inline void decode_tile(const Side& side, const Order& order, int64_t b, int64_t g, int64_t first, int64_t count,
                         std::vector<uint16_t>& codes, float* to) {
@@ -40,20 +59,17 @@ inline void decode_tile(const Side& side, const Order& order, int64_t b, int64_t
   codes.resize(kTile * books.codes());
   unpack(side, code_row(side, b, g, first), count, codes.data());
   const int32_t* book = books.book.data() + g * books.codes();
+  std::vector<const float*> codewords(books.stages);
   std::vector<float> coded(order.source.empty() ? 0 : side.dim);
   for (int64_t t = 0; t < count; t++) {
     const uint16_t* code = codes.data() + t * books.codes();
     float* vector = order.source.empty() ? to + t * side.dim : coded.data();
     for (int64_t p = 0; p < books.groups; p++) {
-      float* part = vector + p * books.dim;
       for (int64_t s = 0; s < books.stages; s++) {
         const int64_t l = s * books.groups + p;
-        const float* codeword = books.table(book[l]) + code[l] * books.dim;
-        if (s == 0)
-          for (int64_t j = 0; j < books.dim; j++) part[j] = codeword[j];
-        else
-          for (int64_t j = 0; j < books.dim; j++) part[j] += codeword[j];
+        codewords[s] = books.table(book[l]) + code[l] * books.dim;
       }
+      add_up(codewords.data(), books.stages, books.dim, vector + p * books.dim);
     }
     if (!order.source.empty())
       for (int64_t i = 0; i < side.dim; i++) to[t * side.dim + i] = coded[order.source[i]];

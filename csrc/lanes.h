@@ -54,6 +54,14 @@ inline uint32_t bits(vi comparison) {
   return result;
 }
 
+// Elements of the first (kHalf 0) or second halves of `a` and `b`, in turn.
+template <int kHalf>
+inline vf zip(vf a, vf b) {
+  vf result;
+  for (int i = 0; i < lanes; i++) result[i] = (i % 2 ? b : a)[kHalf * lanes / 2 + i / 2];
+  return result;
+}
+
 inline vf larger(vf a, vf b) { return a > b ? a : b; }
 
 inline float sum(vf v) {

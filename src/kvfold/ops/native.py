@@ -81,9 +81,8 @@ def books(codebooks: Tensor, book: Tensor, channels: Tensor | None = None) -> An
     if channels is None:
         channels = torch.arange(book.shape[2] * codebooks.shape[2]).view(book.shape[2], -1)
     table = codebooks.detach().float().contiguous()
-    whole = [part.detach().to(torch.int64).contiguous() for part in (book, channels)]
-    ready = native.make_books(array(table), array(whole[0]), array(whole[1]))
-    known.append((codebooks._version, *whole, native, ready))
+    ready = native.make_books(array(table), *(array(part.to(torch.int64).contiguous()) for part in (book, channels)))
+    known.append((codebooks._version, book, channels, native, ready))
     return ready
 
 
