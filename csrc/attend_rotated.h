@@ -6,7 +6,7 @@
 // takes the queries to p0 once a tile, and one table of R(i) serves all tiles. Both members of a pair must lie in one group,
 // half a group apart, which strided groups of 32 channels do.
 //
-// Error: integers have a step of 1/22,600 of the largest sum of codewords an entry can have; queries are rounded to 16 bits
+// Error: integers have a step of 1/32,700 of the longest sum of codewords' pairs there can be; queries are rounded to 16 bits
 // or as many as keep the sum of products, at most |q| |k|, within 32.
 #pragma once
 

@@ -8,7 +8,7 @@
 namespace kvfold {
 namespace {
 
-constexpr double kRange = 32000 / 1.4143;  // of an integer sum: a rotation may lengthen one entry by the square root of 2
+constexpr double kRange = 32700;  // of an integer sum; each term, and each product of a rotation, may be rounded up
 
 // For every head, sqrt(sum over groups of (sum over stages of the longest codeword)^2).
 std::vector<float> longest_vectors(const Books& books, const std::vector<double>& longest_codeword) {
@@ -43,24 +43,25 @@ std::vector<double> longest_codewords(const Books& books, const Table& table) {
 Books::Integers make_integers(const Books& books) {
   Books::Integers made;
   const int64_t dim = books.dim, half = dim / 2;
-  std::vector<double> reach(dim, 0.0);  // largest magnitude of a sum of one codeword a stage, over heads and groups
-  std::vector<double> peak(books.count * dim, 0.0);
+  // Entries j and j + half are a pair that may be rotated: of either, no sum of one codeword a stage exceeds the sum over the
+  // stages of the longest pair among the codewords, before the rotation or after it.
+  std::vector<double> reach(half, 0.0), peak(books.count * half, 0.0);
   for (int64_t m = 0; m < books.count; m++)
     for (int64_t c = 0; c < books.size; c++)
-      for (int64_t j = 0; j < dim; j++)
-        peak[m * dim + j] = std::max<double>(peak[m * dim + j], std::fabs(books.table(m)[c * dim + j]));
+      for (int64_t j = 0; j < half; j++) {
+        const float* codeword = books.table(m) + c * dim;
+        peak[m * half + j] = std::max<double>(peak[m * half + j], std::hypot(codeword[j], codeword[j + half]));
+      }
   for (int64_t g = 0; g < books.heads; g++)
     for (int64_t p = 0; p < books.groups; p++)
-      for (int64_t j = 0; j < dim; j++) {
+      for (int64_t j = 0; j < half; j++) {
         double sum = 0;
-        for (int64_t s = 0; s < books.stages; s++) sum += peak[books.book[g * books.codes() + s * books.groups + p] * dim + j];
+        for (int64_t s = 0; s < books.stages; s++) sum += peak[books.book[g * books.codes() + s * books.groups + p] * half + j];
         reach[j] = std::max(reach[j], sum);
       }
   made.step.resize(dim);
-  for (int64_t j = 0; j < half; j++) {
-    const double largest = std::max(reach[j], reach[j + half]);
-    made.step[j] = made.step[j + half] = static_cast<float>(largest > 0 ? largest / (kRange - books.stages) : 1.0);
-  }
+  for (int64_t j = 0; j < half; j++)
+    made.step[j] = made.step[j + half] = static_cast<float>(reach[j] > 0 ? reach[j] / (kRange - 2 * books.stages) : 1.0);
   made.values.resize(books.rows.size());
   for (size_t i = 0; i < books.rows.size(); i++)
     made.values[i] = static_cast<int16_t>(std::lrint(books.rows[i] / made.step[i % dim]));

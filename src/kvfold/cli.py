@@ -14,6 +14,9 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from kvfold import __version__
+from kvfold.bench.attend import CONTEXTS as ATTEND_CONTEXTS
+from kvfold.bench.attend import ROPES
+from kvfold.bench.encode import BEAMS
 from kvfold.bench.generate import CONTEXTS
 from kvfold.bench.record import RESULTS
 from kvfold.cache.cache import SINKS, WINDOW
@@ -75,15 +78,13 @@ def _parser() -> argparse.ArgumentParser:
     about = "train attention weights and codebooks for each other"
     _finetune(_command(names, "finetune", finetune.finetune, about))
     _ablate(_command(names, "ablate", ablate.ablate, "repeat the paper's ablations"))
-    benches = names.add_parser("bench", help="measure speed and memory")
-    _bench_generate(
-        _command(
-            benches.add_subparsers(metavar="WHAT", required=True),
-            "generate",
-            bench.bench_generation,
-            "decoding speed and memory of a whole model, beside the plain cache",
-        )
-    )
+    benches = names.add_parser("bench", help="measure speed and memory").add_subparsers(metavar="WHAT", required=True)
+    about = "decoding speed and memory of a whole model, beside the plain cache"
+    _bench_generate(_command(benches, "generate", bench.bench_generation, about))
+    about = "one layer's attention on codes, beside PyTorch's on an uncompressed cache"
+    _bench_attend(_command(benches, "attend", bench.bench_attention, about))
+    about = "vectors encoded a second, beside other residual quantizers where installed"
+    _bench_encode(_command(benches, "encode", bench.bench_encoding, about))
     return parser
 
 
@@ -238,6 +239,40 @@ def _bench_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", metavar="FILE", help="text of the prompt (default: text that comes with Python)")
     _json(parser)
     _record(parser)
+
+
+def _bench_attend(parser: argparse.ArgumentParser) -> None:
+    default = ",".join(map(str, ATTEND_CONTEXTS))
+    about = f"keys in the cache (default {default})"
+    parser.add_argument("--contexts", type=_numbers, default=ATTEND_CONTEXTS, metavar="N,N", help=about)
+    about = "keys coded after RoPE, before it, or both (default)"
+    parser.add_argument("--rope", type=_names, default=ROPES, metavar="post,pre", dest="ropes", help=about)
+    sizes = {"--heads": 32, "--kv-heads": 8, "--head-dim": 128, "--stages": 8, "--codebook-size": 256, "--group": 32}
+    for option, default_size in sizes.items():
+        parser.add_argument(option, type=_positive, default=default_size, metavar="N", help=f"default {default_size}")
+    parser.add_argument("--repeats", type=_positive, default=15, metavar="N", help="medians of so many runs (default 15)")
+    _backend(parser)
+    parser.add_argument("--plot", metavar="FILE", help="PNG of all times over the context")
+    _json(parser)
+    _record(parser)
+
+
+def _bench_encode(parser: argparse.ArgumentParser) -> None:
+    default = ",".join(map(str, BEAMS))
+    parser.add_argument(
+        "--beams", type=_numbers, default=BEAMS, metavar="N,N", help=f"widths of the search (default {default})"
+    )
+    parser.add_argument("--vectors", type=_positive, default=8192, metavar="N", help="encoded in one call (default 8192)")
+    for option, size in {"--group": 32, "--stages": 8, "--codebook-size": 256}.items():
+        parser.add_argument(option, type=_positive, default=size, metavar="N", help=f"default {size}")
+    parser.add_argument("--repeats", type=_positive, default=5, metavar="N", help="medians of so many runs (default 5)")
+    _backend(parser)
+    _json(parser)
+    _record(parser)
+
+
+def _backend(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backend", metavar="NAME", help="naive or cpu (default: KVFOLD_BACKEND, else the best there is)")
 
 
 def _model_and_codec(parser: argparse.ArgumentParser) -> None:

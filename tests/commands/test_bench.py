@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
-from command_world import Ran, World
+import pytest
+from command_world import Ran, World, refused
+
+from kvfold.ops import native
+
+NEEDS_NATIVE = pytest.mark.skipif(not native.available_isas(), reason=native.MISSING)
 
 
 def test_bench_generate_measures_both_caches(run: Callable[..., Ran], world: World) -> None:
@@ -22,3 +28,46 @@ def test_bench_generate_measures_both_caches(run: Callable[..., Ran], world: Wor
         assert result["tokens_per_s"] > 0
         assert result["prefill_s"] > 0
         assert result["peak_rss_bytes"] >= result["loaded_rss_bytes"] > 1 << 20
+
+
+SIZES = ["--heads", "4", "--kv-heads", "2", "--head-dim", "64", "--repeats", "1", "--threads", "1"]
+
+
+@NEEDS_NATIVE
+def test_bench_attend_measures_both_ropes_and_checks_first(run: Callable[..., Ran], tmp_path: Path) -> None:
+    plot = tmp_path / "times.png"
+    results = run("bench", "attend", "--contexts", "300,700", *SIZES, "--plot", str(plot), "--json", "-").json
+    assert [(r["context"], r["rope"]) for r in results] == [(300, "post"), (300, "pre"), (700, "post"), (700, "pre")]
+    for result in results:
+        assert result["dense_bf16_ms"] == min(result["sdpa_bf16_ms"], result["matmul_bf16_ms"])
+        assert min(result["kvfold_ms"], result["read_bf16_ms"], result["read_codes_ms"]) > 0
+        assert result["max_rel_error"] <= 1e-3
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert "speed-up" in run("bench", "attend", "--contexts", "300", "--rope", "pre", *SIZES).out
+
+
+@NEEDS_NATIVE
+def test_bench_encode_measures_every_beam(run: Callable[..., Ran]) -> None:
+    sizes = ["--vectors", "200", "--group", "8", "--stages", "3", "--codebook-size", "16", "--repeats", "1", "--threads", "1"]
+    results = run("bench", "encode", "--beams", "1,3", *sizes, "--json", "-").json
+    assert [r["beam"] for r in results] == [1, 3]
+    assert results[1]["mean_squared_error"] < results[0]["mean_squared_error"]
+    for result in results:
+        assert result["vectors_per_s"] > 0
+        assert result["equal_codes"] == 1
+    assert "equal codes" in run("bench", "encode", "--beams", "2", *sizes).out
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["attend", "--heads", "5", "--kv-heads", "2"], "a multiple of kv-heads"),
+        (["attend", "--head-dim", "48"], "head-dim of group"),
+        (["attend", "--rope", "middle"], "rope pre or post"),
+        (["attend", "--backend", "fpga"], "fpga"),
+        (["encode", "--backend", "fpga"], "fpga"),
+        (["encode", "--beams", "0"], "at least 1"),
+    ],
+)
+def test_bench_refuses(run: Callable[..., Ran], argv: list[str], told: str) -> None:
+    refused(run("bench", *argv, "--repeats", "1"), told)

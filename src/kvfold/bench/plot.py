@@ -118,3 +118,25 @@ def plot_bars(names: Sequence[str], heights: Sequence[float], title: str, unit: 
     axes.set(title=title, xlabel=unit, xlim=(min(1.0, *heights), max(heights) * 1.05))
     with replacing_file(file) as fresh:
         figure.savefig(fresh, format="png", dpi=120)
+
+
+def plot_times(panels: Mapping[str, Mapping[str, Sequence[float]]], contexts: Sequence[int], file: Path) -> None:
+    """Write a PNG of milliseconds over the context, both axes logarithmic; a panel a title, a line a name.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        InputError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1 + 5 * len(panels), 4.5), layout="constrained")
+    for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for name, times in lines.items():
+            axes.plot(contexts, times, marker="o", label=name, linestyle="--" if name.startswith("reading") else "-")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set(title=title, xlabel="keys", ylabel="milliseconds")
+        axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    with replacing_file(file) as fresh:
+        figure.savefig(fresh, format="png", dpi=110)

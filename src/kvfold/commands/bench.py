@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from kvfold.bench import bench_generate
+from kvfold.bench import bench_attend, bench_encode, bench_generate
+from kvfold.bench.plot import plot_times
 from kvfold.codecs.artifact import load
 from kvfold.commands.common import (
     check_json,
     check_record,
     emit,
+    picture,
     prepare,
     record_if_asked,
     table,
 )
+from kvfold.files import require_file_target
 
 
 def bench_generation(args: argparse.Namespace) -> None:
@@ -43,3 +47,59 @@ def bench_generation(args: argparse.Namespace) -> None:
         rows.append(["", "kvfold/plain", *(f"{ours[field] / plain[field]:.3f}" for field, _, _ in units)])
     emit(args, results, table(rows))
     record_if_asked(args, "bench-generate", {"results": results})
+
+
+_TIMES = {
+    "kvfold_ms": "kvfold",
+    "dense_bf16_ms": "dense bf16",
+    "read_bf16_ms": "reading the dense cache once",
+    "read_codes_ms": "reading the codes once",
+}
+
+
+def bench_attention(args: argparse.Namespace) -> None:
+    """`kvfold bench attend`."""
+    check_json(args)
+    check_record(args, "bench-attend")
+    if args.plot:
+        require_file_target(Path(args.plot))
+    prepare(args)
+    sizes = {name: getattr(args, name) for name in ("heads", "kv_heads", "head_dim", "stages", "codebook_size", "group")}
+    results = bench_attend(args.contexts, args.ropes, repeats=args.repeats, seed=args.seed, backend=args.backend, **sizes)
+    rows = [["context", "keys", "kvfold", "sdpa bf16", "matmul bf16", "read bf16", "read codes", "speed-up", "error"]]
+    for one in results:
+        fields = ("kvfold_ms", "sdpa_bf16_ms", "matmul_bf16_ms", "read_bf16_ms", "read_codes_ms")
+        times = [f"{one[field]:.2f}" for field in fields]
+        rows.append(
+            [str(one["context"]), f"{one['rope']}-RoPE", *times, f"{one['speedup']:.2f}", f"{one['max_rel_error']:.1e}"]
+        )
+    first = results[0]
+    head = f"milliseconds, {first['threads']} threads, {first['isa']}; speed-up over the faster of the two dense ways"
+    emit(args, results, f"{head}\n{table(rows)}")
+    record_if_asked(args, "bench-attend", {"results": results})
+    if args.plot:
+        panels = {
+            f"keys coded {'before' if rope == 'pre' else 'after'} RoPE": {
+                title: [one[field] for one in results if one["rope"] == rope] for field, title in _TIMES.items()
+            }
+            for rope in args.ropes
+        }
+        picture(lambda: plot_times(panels, sorted(args.contexts), Path(args.plot)), Path(args.plot))
+
+
+def bench_encoding(args: argparse.Namespace) -> None:
+    """`kvfold bench encode`."""
+    check_json(args)
+    check_record(args, "bench-encode")
+    prepare(args)
+    sizes = {name: getattr(args, name) for name in ("vectors", "group", "stages", "codebook_size")}
+    results = bench_encode(args.beams, repeats=args.repeats, seed=args.seed, backend=args.backend, **sizes)
+    rows = [["beam", "kvfold", "faiss", "vector-quantize-pytorch", "over faiss", "equal codes"]]
+    for one in results:
+        fields = ("vectors_per_s", "faiss_vectors_per_s", "vector_quantize_pytorch_vectors_per_s")
+        speeds = ["-" if one[field] is None else f"{one[field]:,.0f}" for field in fields]
+        over = "-" if one["speedup"] is None else f"{one['speedup']:.2f}"
+        rows.append([str(one["beam"]), *speeds, over, f"{one['equal_codes']:.4f}"])
+    first = results[0]
+    emit(args, results, f"vectors a second, {first['threads']} threads, {first['isa']}\n{table(rows)}")
+    record_if_asked(args, "bench-encode", {"results": results})

@@ -1,0 +1,339 @@
+"""The compiled CPU ops, every instruction set that runs here: shapes of their fast ways, errors, bounds, threads, fakes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import reference
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from kvfold import ops
+from kvfold.errors import InputError
+from kvfold.ops import dispatch, native
+from kvfold.packing import pack
+
+pytestmark = pytest.mark.skipif(not native.available_isas(), reason=native.MISSING)
+RELATIVE_ERROR = 1e-3  # root mean square over root mean square, of every head
+EXACT_ERROR = 1e-5  # the same, of ways that use no integers
+
+
+@pytest.fixture(params=native.available_isas() or ["none"], autouse=True)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("KVFOLD_CPU_ISA", request.param)
+    return request.param
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def coded(
+    batch: int,
+    heads: int,
+    tokens: int,
+    dim: int = 128,
+    *,
+    size: int = 256,
+    stages: int = 8,
+    strided: bool = False,
+    own: str = "",
+) -> ops.Coded:
+    """Random codes in groups of 32, the shape the fast ways are made for; `own` books of "heads" or "groups"."""
+    groups, bits = dim // 32, (size - 1).bit_length()
+    stage = torch.arange(stages).view(-1, 1, 1)
+    sharing = {"heads": torch.arange(heads).view(1, -1, 1), "groups": torch.arange(groups)}.get(own, torch.zeros(1).long())
+    book = (stage * (int(sharing.max()) + 1) + sharing).expand(-1, heads, groups).contiguous()
+    deviation = 0.8 ** (torch.arange(int(book.max()) + 1) // (int(sharing.max()) + 1))
+    codebooks = (torch.randn(len(deviation), size, 32) * deviation[:, None, None] * 0.6).half()
+    packed = pack(torch.randint(size, (batch, heads, tokens, stages * groups), dtype=torch.int32), bits)
+    scale = (torch.rand(batch, heads, tokens, 1) + 0.5).half()
+    order = torch.arange(dim)
+    channels = order.view(32, groups).T.contiguous() if strided else order.view(groups, 32)
+    return ops.Coded(packed, scale, codebooks, book, channels, bits)
+
+
+def rotation(tokens: int, dim: int) -> ops.Rotation:
+    positions = torch.arange(tokens, dtype=torch.int32)[None]
+    return ops.Rotation(positions, 1e4 ** -(torch.arange(dim // 2) / (dim // 2)), 1.1, False)
+
+
+def relative_error(out: Tensor, right: Tensor) -> float:
+    return float(((out - right).square().mean(-1) / right.square().mean(-1)).sqrt().max())
+
+
+def both(*arguments: object, **named: object) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    return ops.attend(*arguments, **named, backend="cpu"), ops.attend(*arguments, **named, backend="naive")
+
+
+def test_the_forced_instruction_set_runs(isa: str) -> None:
+    assert native.isa() == isa
+    assert native.module().__name__ == f"kvfold.ops._cpu_{isa}"
+
+
+def test_an_instruction_set_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVFOLD_CPU_ISA", "mmx")
+    with pytest.raises(InputError, match="portable"):
+        ops.encode(torch.zeros(1, 1, 1, 1, 2), torch.zeros(1, 2, 2), torch.zeros(1, 1, 1, dtype=torch.int64), backend="cpu")
+
+
+@pytest.mark.parametrize("tokens", [256, 257, 1000, 2049, 17000])
+@pytest.mark.parametrize("rope", ["post", "pre"])
+def test_a_decode_step_attends_as_the_naive_op(rope: str, tokens: int) -> None:
+    query, key, value = torch.randn(1, 8, 1, 128), coded(1, 2, tokens, strided=True), coded(1, 2, tokens)
+    (out, lse), (right, right_lse) = both(query, key, value, rotation(tokens, 128) if rope == "pre" else None, None, 128**-0.5)
+    assert relative_error(out, right) <= (RELATIVE_ERROR if rope == "pre" else EXACT_ERROR)
+    assert float((lse - right_lse).abs().max()) <= 1e-3
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (9, 3), (5, 1), (8, 1), (12, 1), (16, 1), (17, 1)])
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("rope", ["post", "pre"])
+def test_any_number_of_heads_may_share_a_kv_head(rope: str, queries: int, heads: int, kv_heads: int) -> None:
+    query, key, value = (
+        torch.randn(2, heads, queries, 64),
+        coded(2, kv_heads, 300, 64, strided=True),
+        coded(2, kv_heads, 300, 64),
+    )
+    mask = torch.rand(2, 1, queries, 300) < 0.5
+    mask[0, :, 0] = False
+    turned = rotation(300, 64) if rope == "pre" else None
+    (out, lse), (right, right_lse) = both(query, key, value, turned, mask, 0.125)
+    assert not out[0, :, 0].any()
+    assert bool((lse[0, :, 0] == -torch.inf).all())
+    seen = right_lse > -torch.inf
+    assert relative_error(out[seen], right[seen]) <= (RELATIVE_ERROR if rope == "pre" else EXACT_ERROR)
+
+
+@pytest.mark.parametrize("size", [2, 200, 256, 300, 2048])
+@pytest.mark.parametrize("stages", [1, 5, 8])
+@pytest.mark.parametrize("rope", ["post", "pre"])
+def test_codes_of_any_width_and_depth(rope: str, stages: int, size: int) -> None:
+    sizes = {"dim": 64, "size": size, "stages": stages}
+    query, key, value = torch.randn(1, 6, 1, 64), coded(1, 2, 700, strided=True, **sizes), coded(1, 2, 700, **sizes)
+    (out, _), (right, _) = both(query, key, value, rotation(700, 64) if rope == "pre" else None, None, 0.125)
+    assert relative_error(out, right) <= (RELATIVE_ERROR if rope == "pre" else EXACT_ERROR)
+
+
+@pytest.mark.parametrize("own", ["heads", "groups"])
+@pytest.mark.parametrize("rope", ["post", "pre"])
+def test_heads_and_groups_may_have_books_of_their_own(rope: str, own: str) -> None:
+    query, key, value = torch.randn(1, 6, 1, 64), coded(1, 2, 400, 64, strided=True, own=own), coded(1, 2, 400, 64, own=own)
+    (out, _), (right, _) = both(query, key, value, rotation(400, 64) if rope == "pre" else None, None, 0.125)
+    assert relative_error(out, right) <= (RELATIVE_ERROR if rope == "pre" else EXACT_ERROR)
+
+
+def test_positions_of_left_padded_rows_and_of_none_in_particular() -> None:
+    query, key, value = torch.randn(2, 4, 1, 64), coded(2, 2, 500, 64, strided=True), coded(2, 2, 500, 64)
+    padded = (torch.arange(500) - torch.tensor([[0], [137]])).clamp_min(0).int()
+    scattered = torch.randint(100_000, (2, 500), dtype=torch.int32)
+    for positions in (padded, scattered):
+        turned = rotation(500, 64)._replace(positions=positions)
+        (out, _), (right, _) = both(query, key, value, turned, None, 0.125)
+        assert relative_error(out, right) <= RELATIVE_ERROR
+
+
+@pytest.mark.parametrize("softcap", [2.0, 50.0])
+def test_a_decode_step_caps_scores(softcap: float) -> None:
+    query, key, value = 3 * torch.randn(1, 4, 1, 64), coded(1, 1, 400, 64), coded(1, 1, 400, 64)
+    (out, lse), (right, right_lse) = both(query, key, value, None, None, 0.125, softcap=softcap)
+    assert relative_error(out, right) <= 1e-5
+    assert torch.allclose(lse, right_lse, atol=1e-4)
+
+
+def test_slices_of_a_growing_store_are_read_in_place() -> None:
+    query, key, value = torch.randn(2, 4, 1, 64), coded(2, 2, 900, 64), coded(2, 2, 900, 64)
+    part = [side._replace(packed=side.packed[:, :, 100:600], scale=side.scale[:, :, 100:600]) for side in (key, value)]
+    assert not part[0].packed.is_contiguous()
+    (out, _), (right, _) = both(query, *part, None, None, 0.125)
+    assert relative_error(out, right) <= EXACT_ERROR
+
+
+def test_vectors_of_scale_zero_are_zero() -> None:
+    query, key, value = torch.randn(1, 4, 1, 64), coded(1, 2, 300, 64), coded(1, 2, 300, 64)
+    key.scale[:, :, ::3], value.scale[:, :, ::2] = 0, 0
+    mask = torch.rand(1, 1, 1, 300) < 0.7
+    (out, lse), (right, right_lse) = both(query, key, value, None, mask, 0.125)
+    assert relative_error(out, right) <= EXACT_ERROR
+    assert torch.allclose(lse, right_lse, atol=1e-5)
+
+
+def test_scores_that_rise_along_the_keys_do_not_overflow() -> None:
+    """The maximum that weights are relative to has to follow, by leaps and by creeping."""
+    tokens = 9000
+    query, key, value = torch.ones(1, 4, 1, 64), coded(1, 1, tokens, 64), coded(1, 1, tokens, 64)
+    key.codebooks[:] = 0
+    key.codebooks[0, :, :] = 1.0
+    key.scale[0, 0, :, 0] = torch.linspace(0, 400, tokens).half()
+    (out, lse), (right, right_lse) = both(query, key, value, None, None, 0.125)
+    assert bool(torch.isfinite(out).all())
+    assert relative_error(out, right) <= 1e-4
+    assert torch.allclose(lse, right_lse, rtol=1e-5)
+
+
+# -- leaving values unread ---------------------------------------------------------------------------------------------
+
+
+def peaked(
+    tail: Tensor, first: Tensor, second: Tensor, height: float, tokens: int = 2000
+) -> tuple[Tensor, ops.Coded, ops.Coded]:
+    """Two keys score `height`, the others 0; the two values are `first` and `second`, the others `tail`."""
+    channels, book = torch.arange(32)[None], torch.zeros(1, 1, 1, dtype=torch.int64)
+    scale = torch.ones(1, 1, tokens, 1, dtype=torch.float16)
+    key_codes = torch.zeros(1, 1, tokens, 1, dtype=torch.uint8)
+    value_codes = torch.full((1, 1, tokens, 1), 3, dtype=torch.uint8)
+    key_codes[0, 0, [700, 1500]] = 1
+    value_codes[0, 0, 700], value_codes[0, 0, 1500] = 1, 2
+    keys, values = torch.zeros(1, 256, 32), torch.zeros(1, 256, 32)
+    keys[0, 1, 0] = 1
+    values[0, 1], values[0, 2], values[0, 3] = first, second, tail
+    query = torch.zeros(1, 1, 1, 32)
+    query[..., 0] = height
+    return query, ops.Coded(key_codes, scale, keys, book, channels, 8), ops.Coded(value_codes, scale, values, book, channels, 8)
+
+
+@pytest.mark.parametrize("height", [10.0, 17.0, 18.0, 19.0, 20.0, 25.0, 60.0])
+@pytest.mark.parametrize("case", ["aligned", "cancelling", "nearly cancelling", "long tail values"])
+def test_skipping_keeps_its_bound_also_where_the_large_weights_cancel(case: str, height: float) -> None:
+    one, tail = torch.randn(32), torch.randn(32)
+    second = {"aligned": one, "cancelling": -one, "nearly cancelling": -one * 0.9999}.get(case, one)
+    query, key, value = peaked(tail * (1e4 if case == "long tail values" else 1), one, second, height)
+    out, lse = ops.attend(query, key, value, None, None, 1.0, backend="cpu")
+    right, right_lse = reference.attention(query, reference.decoded(key), reference.decoded(value), None, 1.0)
+    rounding = 2e-7 * float(one.norm())  # what is left of two float32 sums that cancel
+    assert float((out - right).norm()) <= 1.1e-4 * float(right.norm()) + rounding
+    assert torch.allclose(lse.double(), right_lse, atol=1e-5)
+
+
+def test_the_bound_is_settable_and_zero_reads_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, value = peaked(torch.ones(32), torch.eye(32)[0], torch.eye(32)[0], 14.0)
+    right = reference.attention(query, reference.decoded(key), reference.decoded(value), None, 1.0)[0]
+    errors = []
+    for skip in ("0", "0.5"):
+        monkeypatch.setenv("KVFOLD_SKIP", skip)
+        errors.append(float((ops.attend(query, key, value, None, None, 1.0, backend="cpu")[0] - right).norm()))
+    assert errors[0] <= 5e-5 * float(right.norm())
+    assert 1e-4 * float(right.norm()) < errors[1] <= 0.5 * float(right.norm())  # something was left out, within the bound
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [10, 300])
+@pytest.mark.parametrize("side", ["key", "value"])
+def test_codes_that_name_no_codeword_are_refused(side: str, tokens: int) -> None:
+    sides = {"key": coded(1, 2, tokens, 64, size=200), "value": coded(1, 2, tokens, 64, size=200)}
+    sides[side].packed[0, 1, tokens - 1, 3] = 201
+    with pytest.raises(ValueError, match="names a codeword that is not there"):
+        ops.attend(torch.randn(1, 4, 1, 64), sides["key"], sides["value"], None, None, 1.0, backend="cpu")
+
+
+@pytest.mark.parametrize("code", [-1, 7, 2**31 - 1])
+def test_decode_refuses_codes_out_of_range(code: int) -> None:
+    codes = torch.zeros(1, 2, 3, 1, 1, dtype=torch.int32)
+    codes[0, 1, 2] = code
+    with pytest.raises(ValueError, match="names a codeword that is not there"):
+        ops.decode(codes, torch.randn(1, 7, 4), torch.zeros(1, 2, 1, dtype=torch.int64), "cpu")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"query": torch.zeros(1, 4, 1, 63)},
+        {"query": torch.zeros(1, 3, 1, 64)},
+        {"query": torch.zeros(2, 4, 1, 64)},
+        {"mask": torch.ones(1, 1, 1, 299, dtype=torch.bool)},
+        {"mask": torch.ones(3, 1, 1, 300, dtype=torch.bool)},
+        {"positions": torch.zeros(1, 299, dtype=torch.int32)},
+        {"inv_freq": torch.ones(40)},
+        {"scale": torch.ones(1, 2, 299, 1, dtype=torch.float16)},
+        {"packed": torch.zeros(1, 2, 300, 15, dtype=torch.uint8)},
+        {"packed": torch.zeros(1, 3, 300, 16, dtype=torch.uint8)},
+        {"book": torch.full((8, 2, 2), 8)},
+        {"book": torch.full((8, 2, 2), -1)},
+        {"channels": torch.zeros(2, 32, dtype=torch.int64)},
+        {"channels": torch.arange(1, 65).view(2, 32)},
+        {"bits": 7},
+    ],
+    ids=str,
+)
+def test_shapes_that_do_not_fit_are_refused_before_anything_is_read(wrong: dict[str, object]) -> None:
+    key, value, turned = coded(1, 2, 300, 64, strided=True), coded(1, 2, 300, 64), rotation(300, 64)
+    key = key._replace(**{name: thing for name, thing in wrong.items() if name in key._fields})
+    turned = turned._replace(**{name: thing for name, thing in wrong.items() if name in turned._fields})
+    query = wrong.get("query", torch.randn(1, 4, 1, 64))
+    with pytest.raises(ValueError, match=r"shape|not there|permutation|multiple|codes of|inv_freq|mask"):
+        ops.attend(query, key, value, turned, wrong.get("mask"), 1.0, backend="cpu")
+
+
+# -- threads, fakes, fall-back -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("threads")
+def test_the_number_of_threads_changes_nothing() -> None:
+    key, value = coded(1, 3, 20_000, 64, strided=True), coded(1, 3, 20_000, 64)
+    query, prompt = torch.randn(1, 9, 1, 64), torch.randn(1, 9, 100, 64)
+    vectors = torch.randn(1, 3, 500, 2, 32)
+    results = []
+    for number in (1, 2, 5):
+        torch.set_num_threads(number)
+        step = ops.attend(query, key, value, rotation(20_000, 64), None, 0.125, backend="cpu")
+        whole = ops.attend(prompt, key, value, None, None, 0.125, backend="cpu")
+        codes = ops.encode(vectors, key.codebooks, key.book, 3, "cpu")
+        results.append((*step, *whole, codes))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_fake_tensors_see_the_shapes() -> None:
+    key, value = coded(2, 2, 300, 64), coded(2, 2, 300, 64)
+    turned = rotation(300, 64)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = mode.from_tensor
+        out, lse = ops.attend(fake(torch.randn(2, 4, 5, 64)), key, value, turned, None, 1.0, backend="cpu")
+        assert (out.shape, lse.shape, out.dtype) == ((2, 4, 5, 64), (2, 4, 5), torch.float32)
+        vectors = fake(torch.randn(2, 2, 7, 2, 32))
+        codes = ops.encode(vectors, key.codebooks, key.book, 1, "cpu")
+        assert (codes.shape, codes.dtype) == ((2, 2, 7, 8, 2), torch.int32)
+        assert ops.decode(codes, key.codebooks, key.book, "cpu").shape == vectors.shape
+        dense = fake(torch.randn(2, 2, 9, 64))
+        assert ops.attend_exact(fake(torch.randn(2, 4, 5, 64)), dense, dense, None, 1.0, backend="cpu")[0].shape == (
+            2,
+            4,
+            5,
+            64,
+        )
+
+
+def test_codebooks_that_are_written_to_are_made_ready_again() -> None:
+    codebooks, book = torch.randn(1, 4, 2), torch.zeros(1, 1, 1, dtype=torch.int64)
+    codes = torch.full((1, 1, 1, 1, 1), 2, dtype=torch.int32)
+    first = ops.decode(codes, codebooks, book, "cpu")
+    codebooks[0, 2] += 1
+    assert torch.equal(ops.decode(codes, codebooks, book, "cpu"), first + 1)
+
+
+def test_without_native_ops_everything_runs_and_it_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native, "_modules", dict.fromkeys(native.ISAS))
+    monkeypatch.delenv("KVFOLD_BACKEND", raising=False)
+    dispatch._automatic.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING, "kvfold"):
+            assert ops.available_backends() == ["naive"]
+            for _ in range(2):
+                codes = ops.encode(torch.randn(1, 1, 3, 1, 4), torch.randn(1, 5, 4), torch.zeros(1, 1, 1, dtype=torch.int64))
+                assert codes.shape == (1, 1, 3, 1, 1)
+        assert len(caplog.records) == 1
+        assert "C++ compiler" in caplog.text
+        with pytest.raises(InputError, match="native CPU ops"):
+            ops.select("encode", "cpu")
+    finally:
+        dispatch._automatic.cache_clear()
