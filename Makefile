@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.kvfold-setup
 BENCH_CODEC := .cache/smollm2-rvq
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test check bench sanitize clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,17 @@ check: setup
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_layers.py
+
+# The ops' tests on native modules built with AddressSanitizer and UndefinedBehaviorSanitizer, in an environment of their own
+# that borrows the other packages. torch leaks by design, so leaks are not looked for.
+SANITIZE := .cache/sanitize
+sanitize: setup
+	$(BIN)/python -m venv $(SANITIZE)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])" \
+		> $$($(SANITIZE)/bin/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")/borrowed.pth
+	$(SANITIZE)/bin/python -m pip install -q --no-deps -C cmake.define.KVFOLD_SANITIZE=ON -C build-dir=build/sanitize .
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		UBSAN_OPTIONS=print_stacktrace=1 $(SANITIZE)/bin/python -m pytest tests/ops
 
 bench: setup $(BENCH_CODEC)/codecs.json
 	$(BIN)/kvfold bench generate smollm2 --codec $(BENCH_CODEC)

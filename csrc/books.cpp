@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <stdexcept>
 
@@ -69,6 +70,21 @@ Books::Integers make_integers(const Books& books) {
   return made;
 }
 
+Books::Tiles make_tiles(const Books& books) {
+  const int64_t dim = books.dim, bunches = books.padded_size() / 16;
+  Books::Tiles made;
+  made.parts = (dim + 31) / 32;
+  made.halves.assign(books.count * bunches * made.parts * 512, 0);
+  for (int64_t m = 0; m < books.count; m++)
+    for (int64_t c = 0; c < books.size; c++)
+      for (int64_t j = 0; j < dim; j++) {
+        uint16_t* tile = made.halves.data() + ((m * bunches + c / 16) * made.parts + j / 32) * 512;
+        tile[(j % 32 / 2) * 32 + c % 16 * 2 + j % 2] = to_bfloat16(books.table(m)[c * dim + j]);
+      }
+  for (double longest : longest_codewords(books, books.rows)) made.longest.push_back(static_cast<float>(longest));
+  return made;
+}
+
 }  // namespace
 
 Books::Books(const float* codebooks, int64_t count, int64_t size, int64_t dim, const int64_t* book, int64_t stages,
@@ -108,8 +124,13 @@ Books::Books(const float* codebooks, int64_t count, int64_t size, int64_t dim, c
 }
 
 const Books::Integers& Books::integers() const {
-  std::call_once(made, [this] { whole = make_integers(*this); });
-  return whole;
+  std::call_once(integers_made, [this] { integers_ = make_integers(*this); });
+  return integers_;
+}
+
+const Books::Tiles& Books::tiles() const {
+  std::call_once(tiles_made, [this] { tiles_ = make_tiles(*this); });
+  return tiles_;
 }
 
 }  // namespace kvfold

@@ -3,11 +3,19 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <mutex>
 #include <new>
 #include <vector>
 
 namespace kvfold {
+
+// Rounded to the nearest, ties to even; not for NaN.
+inline uint16_t to_bfloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
 
 // Memory that starts on a cache line, so that no load of a codeword crosses one.
 template <class T>
@@ -46,6 +54,15 @@ struct Books {
   };
   const Integers& integers() const;  // made at the first call; d is even
 
+  // Codewords in bfloat16, in the tiles that matrix units multiply: [M][padded C / 16][parts of 32 entries][16 pairs of
+  // entries][16 codewords][2].
+  struct Tiles {
+    Aligned<uint16_t> halves;
+    std::vector<float> longest;  // [M]: no codeword is longer
+    int64_t parts;
+  };
+  const Tiles& tiles() const;  // made at the first call
+
   int64_t codes() const { return stages * groups; }
   int64_t head_dim() const { return groups * dim; }
   int64_t padded_size() const { return (size + 63) / 64 * 64; }
@@ -56,8 +73,9 @@ struct Books {
         int64_t groups, const int64_t* channels);
 
  private:
-  mutable std::once_flag made;
-  mutable Integers whole;
+  mutable std::once_flag integers_made, tiles_made;
+  mutable Integers integers_;
+  mutable Tiles tiles_;
 };
 
 }  // namespace kvfold

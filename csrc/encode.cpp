@@ -3,6 +3,7 @@
 // Vectors go through all stages in blocks that stay in the second-level cache. The scores of a block are a matrix product
 // over a strip of codewords, of which only the best of each vector is kept as it comes (greedy), or which is written out a
 // vector at a time (beam).
+#include "encode_amx.h"
 #include "kernels.h"
 #include "lanes.h"
 #include "pool.h"
@@ -232,6 +233,17 @@ void encode(const EncodeCall& call) {
     for (int64_t i = 0; i < count; i++)
       std::copy_n(call.vectors + ((pair * call.tokens + first + i) * groups + p) * dim, dim, x.data() + i * dim);
     int32_t* to = call.codes + (pair * call.tokens + first) * books.codes() + p;
+#if defined(KVFOLD_AMX)
+    if (AmxEncoder::serves(call)) {
+      std::vector<int64_t> own;
+      for (int64_t s = 0; s < depth; s++) own.push_back(book[s * groups + p]);
+      std::vector<int32_t> codes(count * depth);
+      AmxEncoder(books, call.beam).encode(x.data(), count, own, codes.data());
+      for (int64_t i = 0; i < count; i++)
+        for (int64_t s = 0; s < depth; s++) to[i * books.codes() + s * groups] = codes[i * depth + s];
+      return;
+    }
+#endif
     if (call.beam == 1) {
       std::vector<int32_t> codes(depth * kBlock);
       encode_greedy(call, stages, count, x.data(), codes.data());

@@ -58,7 +58,10 @@ inline uint32_t bits(vi comparison) {
 template <int kHalf>
 inline vf zip(vf a, vf b) {
   vf result;
-  for (int i = 0; i < lanes; i++) result[i] = (i % 2 ? b : a)[kHalf * lanes / 2 + i / 2];
+  for (int i = 0; i < lanes; i++) {
+    const int at = kHalf * lanes / 2 + i / 2;
+    result[i] = i % 2 ? b[at] : a[at];
+  }
   return result;
 }
 
