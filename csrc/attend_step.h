@@ -320,7 +320,7 @@ struct Step {
       const int64_t begin = chunk * kStepChunk, end = std::min(begin + kStepChunk, call.tokens);
       const bool key_bytes = call.key.bits == 8 && keys.size == 256, value_bytes = call.value.bits == 8 && values.size == 256;
       Aligned<float> scores(kStepBlock * kWidth), mass(values.codes() * values.size * kWidth, 0.0f);
-      Aligned<float> wide(kStepBlock * kWidth), weights(kStepBlock * kWidth);
+      Aligned<float> wide(kStepBlock * kWidth, 0.0f), weights(kStepBlock * kWidth);
       std::vector<float> scales(kStepBlock);
       std::vector<int32_t> kept(kStepBlock), everyone(kStepBlock);
       std::iota(everyone.begin(), everyone.end(), 0);
