@@ -5,10 +5,7 @@
 namespace kvfold {
 
 void attend(const AttendCall& call) {
-  if (step_serves(call))
-    attend_step(call);
-  else
-    attend_tiles(call);
+  if (!attend_step(call)) attend_tiles(call);
 }
 
 }  // namespace kvfold

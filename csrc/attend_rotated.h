@@ -82,8 +82,13 @@ struct RotatedPlan {
     for (int64_t b = 0; b < (call.positions_stride ? call.batch : 1); b++)
       for (int64_t t = 0; t < call.tokens; t += kRotationTile) {
         const int32_t* at = call.positions + b * call.positions_stride + t;
-        const auto [low, high] = std::minmax_element(at, at + std::min(kRotationTile, call.tokens - t));
-        if (*high - *low >= kRotationTile) return;
+        const int64_t count = std::min(kRotationTile, call.tokens - t);
+        int32_t low = at[0], high = at[0];
+        for (int64_t i = 1; i < count; i++) {
+          low = std::min(low, at[i]);
+          high = std::max(high, at[i]);
+        }
+        if (high - low >= kRotationTile) return;
       }
     possible = true;
     // Tables of a few models are kept: a model's layers mostly share one.

@@ -289,14 +289,13 @@ struct Step {
   }
 
   // False if skipping turned out to cost more than `skip` allows.
-  static bool run(const AttendCall& call, float skip) {
+  static bool run(const AttendCall& call, const RotatedPlan& plan, float skip) {
     const Books &keys = *call.key.books, &values = *call.value.books;
     const int64_t all = call.shared * call.queries, pairs = call.batch * call.kv_heads, dim = call.key.dim;
     const int64_t sets = (all + kWidth - 1) / kWidth;  // of rows that go together
     const int64_t chunks = (call.tokens + kStepChunk - 1) / kStepChunk;
     const int64_t value_dim = call.value.dim, table_size = keys.codes() * keys.size * kWidth;
     const bool rotated = call.positions != nullptr;
-    const RotatedPlan plan(call);
 
     Aligned<float> tables(rotated ? 0 : pairs * sets * table_size);
     if (!rotated)
@@ -424,16 +423,17 @@ constexpr int64_t kStepRows = 16;         // more rows are worth decoding for
 constexpr int64_t kStepKeys = 256;        // fewer keys are not worth making tables for
 constexpr int64_t kStepCodewords = 4096;  // the mass of more does not fit a cache
 
-inline bool step_serves(const AttendCall& call) {
-  return call.key.books && call.value.books && call.shared * call.queries <= kStepRows && call.tokens >= kStepKeys &&
-         call.value.books->size <= kStepCodewords &&
-         (call.positions ? RotatedPlan(call).possible : call.key.books->size <= kStepCodewords);
-}
-
-inline void attend_step(const AttendCall& call) {
+// Attends and returns true, or returns false for a call that tiles serve better.
+inline bool attend_step(const AttendCall& call) {
+  if (!call.key.books || !call.value.books || call.shared * call.queries > kStepRows || call.tokens < kStepKeys ||
+      call.value.books->size > kStepCodewords)
+    return false;
+  const RotatedPlan plan(call);
+  if (call.positions ? !plan.possible : call.key.books->size > kStepCodewords) return false;
   const bool narrow = call.shared * call.queries <= 4;
   const auto run = narrow ? Step<4>::run : Step<8>::run;
-  if (!run(call, call.skip) && !run(call, 0)) throw std::logic_error("skipping nothing lost something");
+  if (!run(call, plan, call.skip) && !run(call, plan, 0)) throw std::logic_error("skipping nothing lost something");
+  return true;
 }
 
 }  // namespace kvfold
