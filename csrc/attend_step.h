@@ -16,7 +16,9 @@
 namespace kvfold {
 
 constexpr int64_t kStepBlock = 2048;  // keys whose scores are held at a time
-constexpr int64_t kStepChunk = 16384;  // keys of a piece of work
+constexpr int64_t kStepChunk = 16384;  // keys of a piece of work at most
+constexpr int64_t kStepLeast = 1024;   // and at least, if there are so many
+constexpr int64_t kStepPieces = 8;     // wanted
 constexpr int64_t kLaneBlock = 8;      // codes whose tables are in the first-level cache together
 constexpr float kRescale = 20;         // a maximum that rises by less needs no rescaling in float32
 constexpr float kSkipShare = 0.1f;     // of the norm of the sum of all weights times the longest value, assumed of an output
@@ -293,7 +295,10 @@ struct Step {
     const Books &keys = *call.key.books, &values = *call.value.books;
     const int64_t all = call.shared * call.queries, pairs = call.batch * call.kv_heads, dim = call.key.dim;
     const int64_t sets = (all + kWidth - 1) / kWidth;  // of rows that go together
-    const int64_t chunks = (call.tokens + kStepChunk - 1) / kStepChunk;
+    // Enough pieces of work for a few threads also where there are few heads; their number must not depend on the threads.
+    const int64_t parts = (kStepPieces + pairs * sets - 1) / (pairs * sets);
+    const int64_t even = std::max<int64_t>(kStepLeast, ((call.tokens + parts - 1) / parts + 63) / 64 * 64);
+    const int64_t chunk_size = std::min(kStepChunk, even), chunks = (call.tokens + chunk_size - 1) / chunk_size;
     const int64_t value_dim = call.value.dim, table_size = keys.codes() * keys.size * kWidth;
     const bool rotated = call.positions != nullptr;
 
@@ -316,7 +321,7 @@ struct Step {
       const int64_t chunk = item % chunks, set = item / chunks % sets, pair = item / chunks / sets;
       const int64_t b = pair / call.kv_heads, g = pair % call.kv_heads;
       const int64_t first_row = set * kWidth, rows = std::min<int64_t>(kWidth, all - first_row);
-      const int64_t begin = chunk * kStepChunk, end = std::min(begin + kStepChunk, call.tokens);
+      const int64_t begin = chunk * chunk_size, end = std::min(begin + chunk_size, call.tokens);
       const bool key_bytes = call.key.bits == 8 && keys.size == 256, value_bytes = call.value.bits == 8 && values.size == 256;
       Aligned<float> scores(kStepBlock * kWidth), mass(values.codes() * values.size * kWidth, 0.0f);
       Aligned<float> wide(kStepBlock * kWidth, 0.0f), weights(kStepBlock * kWidth);

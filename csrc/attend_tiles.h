@@ -7,7 +7,7 @@
 namespace kvfold {
 
 constexpr int64_t kTile = 64;    // keys
-constexpr int64_t kRowsGoal = 192;  // query rows (heads that share a KV head, times queries) of a piece of work
+constexpr int64_t kRowsGoal = 384;  // query rows (heads that share a KV head, times queries) of a piece of work
 constexpr int64_t kChunk = 4096;   // keys of a piece of work when there is one query
 
 // Channel order of a decoded tile. Rotated keys come as first members of the pairs, second members, the rest, so that a
@@ -101,7 +101,7 @@ inline void score_strip(const float* keys, int64_t count, int64_t dim, const flo
       for (vf& a : row) a = vf{};
     for (int64_t d = 0; d < dim; d++) {
       vf column[kWide];
-      for (int w = 0; w < kWide; w++) column[w] = load(query + d * rows + w * lanes);
+      for (int w = 0; w < kWide; w++) column[w] = hold(load(query + d * rows + w * lanes));
       for (int k = 0; k < kKeys; k++) {
         const vf entry = splat(keys[(t + k) * dim + d]);
         for (int w = 0; w < kWide; w++) acc[k][w] += entry * column[w];
@@ -145,7 +145,7 @@ inline void add_values(const float* weights, int64_t rows, const float* values, 
       for (int w = 0; w < kWide; w++) acc[r][w] = load(sums + r * dim + d + w * lanes);
     for (int64_t t = 0; t < count; t++) {
       vf value[kWide];
-      for (int w = 0; w < kWide; w++) value[w] = load(values + t * dim + d + w * lanes);
+      for (int w = 0; w < kWide; w++) value[w] = hold(load(values + t * dim + d + w * lanes));
       for (int r = 0; r < kRowsOf; r++) {
         const vf weight = splat(weights[t * rows + r]);
         for (int w = 0; w < kWide; w++) acc[r][w] += weight * value[w];

@@ -325,6 +325,7 @@ def test_without_native_ops_everything_runs_and_it_is_said_once(
     monkeypatch.setattr(native, "_modules", dict.fromkeys(native.ISAS))
     monkeypatch.delenv("KVFOLD_BACKEND", raising=False)
     dispatch._automatic.cache_clear()
+    native._chosen.cache_clear()
     try:
         with caplog.at_level(logging.WARNING, "kvfold"):
             assert ops.available_backends() == ["naive"]
@@ -337,3 +338,4 @@ def test_without_native_ops_everything_runs_and_it_is_said_once(
             ops.select("encode", "cpu")
     finally:
         dispatch._automatic.cache_clear()
+        native._chosen.cache_clear()

@@ -14,6 +14,10 @@ def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Merge `(out [B, H, Q, D], lse [B, H, Q])` float32 pairs (natural log) into one such pair."""
     if len(parts) == 1:
         return parts[0]
+    if len(parts) == 2:  # the usual case, codes and exact tokens, in fewer steps
+        (first, first_lse), (second, second_lse) = parts
+        share = torch.sigmoid(second_lse - first_lse).nan_to_num(0.0)  # of the second; nan where neither saw a key
+        return torch.lerp(first, second, share[..., None]), torch.logaddexp(first_lse, second_lse)
     lses = torch.stack([lse for _, lse in parts])
     lse = torch.logsumexp(lses, 0)
     weights = torch.softmax(lses, 0).nan_to_num(0.0)  # nan where no part saw a key

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -29,25 +30,30 @@ def available_isas() -> list[str]:
 
 
 def isa() -> str:
-    """The instruction set whose module is used.
+    """The instruction set whose module is used; raises as `module`."""
+    return _chosen(os.environ.get("KVFOLD_CPU_ISA"))[0]
+
+
+def module() -> ModuleType:
+    """The module that is used.
 
     Raises:
         InputError: there is none, or `KVFOLD_CPU_ISA` names one that does not run here.
     """
+    return _chosen(os.environ.get("KVFOLD_CPU_ISA"))[1]
+
+
+@cache
+def _chosen(wanted: str | None) -> tuple[str, ModuleType]:
     isas = available_isas()
     if not isas:
         raise InputError("native CPU ops", MISSING, "or unset KVFOLD_BACKEND")
-    wanted = os.environ.get("KVFOLD_CPU_ISA") or isas[0]
+    wanted = wanted or isas[0]
     if wanted not in isas:
         raise InputError(f"an instruction set among {', '.join(isas)}", repr(wanted), "unset KVFOLD_CPU_ISA or choose another")
-    return wanted
-
-
-def module() -> ModuleType:
-    """The module to use; raises as `isa`."""
-    chosen = _module(isa())
+    chosen = _module(wanted)
     assert chosen is not None
-    return chosen
+    return wanted, chosen
 
 
 _modules: dict[str, ModuleType | None] = {}
