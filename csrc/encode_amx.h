@@ -12,26 +12,11 @@
 #include "kernels.h"
 #include "lanes.h"
 
-#if defined(__AVX512F__) && defined(__linux__) && defined(__x86_64__)
-#define KVFOLD_AMX 1
+#include "amx.h"
 
-#include <cpuid.h>
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
+#if defined(KVFOLD_AMX)
 
 namespace kvfold {
-
-// Whether the CPU has the unit and the kernel lets this process use it.
-inline bool amx_usable() {
-  static const bool usable = [] {
-    unsigned a, b, c, d;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
-    constexpr int request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
-  }();
-  return usable;
-}
 
 class AmxEncoder {
  public:
@@ -50,8 +35,7 @@ class AmxEncoder {
   }
 
   // Codes [count][stages] of vectors [count][dim] whose stage s uses codebook `book[s]`.
-  __attribute__((target("amx-tile,amx-bf16"))) void encode(const float* x, int64_t count, const std::vector<int64_t>& book,
-                                                           int32_t* codes) {
+  KVFOLD_AMX_CODE void encode(const float* x, int64_t count, const std::vector<int64_t>& book, int32_t* codes) {
     const int64_t depth = static_cast<int64_t>(book.size());
     for (auto& residual : residual_) residual.assign(count * stride_ * dim_, 0.0f);
     steps_.resize(depth * count * stride_);
@@ -60,15 +44,7 @@ class AmxEncoder {
       std::copy_n(x + i * books_.dim, books_.dim, &residual_[0][i * stride_ * dim_]);
       round(&residual_[0][i * stride_ * dim_], i * stride_);
     }
-    // The unit's set-up belongs to the thread, and others (oneDNN) remember theirs: it is put back.
-    alignas(64) uint8_t before[64], own[64] = {};
-    own[0] = 1;
-    for (int tile = 0; tile < 8; tile++) {
-      own[16 + 2 * tile] = 64;  // bytes a row
-      own[48 + tile] = 16;      // rows
-    }
-    _tile_storeconfig(before);
-    _tile_loadconfig(own);
+    const AmxTiles tiles;
     int64_t width = 1;
     for (int64_t s = 0; s < depth; s++) {
       const int64_t room = width == 1 ? 1 : stride_;  // rows of a tile that a vector takes
@@ -82,7 +58,6 @@ class AmxEncoder {
       }
       width = wider;
     }
-    _tile_loadconfig(before);
     for (int64_t i = 0; i < count; i++)
       for (int64_t s = depth - 1, place = 0; s >= 0; s--) {
         const Step& step = steps_[(s * count + i) * stride_ + place];
@@ -99,9 +74,7 @@ class AmxEncoder {
   // A residual, negated, as a bfloat16 row. Long before it is read: the unit waits for what was just written.
   void round(const float* residual, int64_t row) {
     for (int64_t j = 0; j < dim_; j += 16) {
-      const __m512i bits = _mm512_castps_si512(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_loadu_ps(residual + j)));
-      const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-      const __m512i nearest = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+      const __m512i nearest = nearest_bfloat16(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_loadu_ps(residual + j)));
       const __m256i halves = _mm512_cvtepi32_epi16(_mm512_srli_epi32(nearest, 16));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(&rounded_[row * dim_ + j]), halves);
     }
@@ -109,7 +82,7 @@ class AmxEncoder {
 
   // errors_[row][codeword] = ||C||^2 / 2 - r . C, nearly, of 16 partial codes: those from `first` on, or the first ones of 16
   // vectors if each takes one row.
-  __attribute__((target("amx-tile,amx-bf16"))) void score(int64_t m, int64_t first, int64_t room) {
+  KVFOLD_AMX_CODE void score(int64_t m, int64_t first, int64_t room) {
     const int64_t padded = books_.padded_size(), parts = tiles_.parts;
     const int64_t row_bytes = dim_ * 2 * (room == 1 ? stride_ : 1);
     const uint16_t* rows = &rounded_[first * dim_];

@@ -58,6 +58,7 @@ struct AttendCall {
   bool interleaved = false;
   const uint8_t* mask = nullptr;  // [batch or 1, queries, tokens], 0 hides; null: all is seen
   int64_t mask_batch_stride = 0, mask_query_stride = 0, mask_token_stride = 1;
+  bool half = false;  // queries came in bfloat16: products of that precision will do
   float softmax_scale = 1;
   float softcap = 0;  // 0: none
   float skip = 0;     // allowed error of the output over its norm, from keys whose values are not read

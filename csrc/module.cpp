@@ -149,7 +149,7 @@ void attend_codes(const Array<const float>& query, const Array<const uint8_t>& k
                   const Array<const uint8_t>& value_packed, const Array<const uint16_t>& value_scale, int value_bits,
                   const Books& value_books, const std::optional<Array<const int32_t>>& positions,
                   const std::optional<Array<const float>>& inv_freq, float factor, bool interleaved, const Mask& mask,
-                  float softmax_scale, float softcap, float skip, int threads, const Array<float>& out,
+                  bool half, float softmax_scale, float softcap, float skip, int threads, const Array<float>& out,
                   const Array<float>& lse) {
   require(key_packed.ndim() == 4, "packed codes [B, G, T, bytes]");
   AttendCall call{};
@@ -172,6 +172,7 @@ void attend_codes(const Array<const float>& query, const Array<const uint8_t>& k
     call.factor = factor;
     call.interleaved = interleaved;
   }
+  call.half = half;
   call.softmax_scale = softmax_scale;
   call.softcap = softcap;
   call.skip = skip;
@@ -180,13 +181,14 @@ void attend_codes(const Array<const float>& query, const Array<const uint8_t>& k
 }
 
 void attend_exact(const Array<const float>& query, const Array<const float>& keys, const Array<const float>& values,
-                  const Mask& mask, float softmax_scale, float softcap, int threads, const Array<float>& out,
+                  const Mask& mask, bool half, float softmax_scale, float softcap, int threads, const Array<float>& out,
                   const Array<float>& lse) {
   require(keys.ndim() == 4, "keys [B, G, T, D]");
   AttendCall call{};
   call.batch = keys.shape(0), call.kv_heads = keys.shape(1), call.tokens = keys.shape(2);
   call.key = dense_side(keys, call.batch, call.kv_heads, call.tokens);
   call.value = dense_side(values, call.batch, call.kv_heads, call.tokens);
+  call.half = half;
   call.softmax_scale = softmax_scale;
   call.softcap = softcap;
   call.threads = threads;
@@ -240,8 +242,8 @@ NB_MODULE(KV_MODULE, m) {
   m.def("decode", &decode_arrays);
   m.def("attend_codes", &attend_codes, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
         nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(),
-        nb::arg(), nb::arg(), nb::arg());
-  m.def("attend_exact", &attend_exact, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(),
+        nb::arg(), nb::arg(), nb::arg(), nb::arg());
+  m.def("attend_exact", &attend_exact, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
         nb::arg(), nb::arg());
   m.def("read", &read_array, "bytes"_a, "threads"_a);
   m.def("supports", &supports, "isa"_a, "Whether this CPU runs the module of that instruction set.");

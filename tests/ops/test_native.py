@@ -18,7 +18,7 @@ from kvfold.packing import pack
 
 pytestmark = pytest.mark.skipif(not native.available_isas(), reason=native.MISSING)
 RELATIVE_ERROR = 1e-3  # root mean square over root mean square, of every head
-EXACT_ERROR = 1e-5  # the same, of ways that use no integers
+EXACT_ERROR = 3e-5  # the same, of ways that use no integers: float32, or its halves on the matrix unit
 
 
 @pytest.fixture(params=native.available_isas() or ["none"], autouse=True)
