@@ -166,8 +166,12 @@ inline void add_values(const float* weights, int64_t rows, const float* values, 
 inline bool visible(const AttendCall& call, int64_t b, int64_t first, int64_t count, int64_t key, int64_t keys) {
   for (int64_t q = first; q < first + count; q++) {
     const uint8_t* mask = call.mask + b * call.mask_batch_stride + q * call.mask_query_stride + key * call.mask_token_stride;
-    for (int64_t t = 0; t < keys; t++)
-      if (mask[t * call.mask_token_stride]) return true;
+    uint8_t any = 0;  // of all keys: a loop without a way out can go by whole vectors
+    if (call.mask_token_stride == 1)
+      for (int64_t t = 0; t < keys; t++) any |= mask[t];
+    else
+      for (int64_t t = 0; t < keys; t++) any |= mask[t * call.mask_token_stride];
+    if (any) return true;
   }
   return false;
 }
