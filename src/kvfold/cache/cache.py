@@ -166,6 +166,7 @@ class CompressedCache(Cache):
                 vars(layer).update(state)
             self.positions.crop(self.coded_layers[0].length)
         self._sliding_before = []
+        self.positions.forget()
 
     # -- verbs that touch the positions too --------------------------------------------------------------------------
 

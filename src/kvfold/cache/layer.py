@@ -8,6 +8,7 @@ once, when it leaves the window of the pass's last query.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -101,7 +102,7 @@ class CodedLayer(CacheLayerMixin):
                 f"{heads} of dim {dim}",
                 "use the codec with the model it was calibrated for",
             )
-        if not bool(torch.isfinite(key_states).all() & torch.isfinite(value_states).all()):
+        if not _finite(key_states, value_states):
             raise non_finite()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -287,3 +288,10 @@ class CodedLayer(CacheLayerMixin):
     def _rotation(self, start: int, stop: int, regime: int) -> tuple[Tensor, Tensor, float, bool]:
         positions = self._positions.slots(start, stop)
         return positions, self._inv_freq[regime], self._factor, self._interleaved
+
+
+def _finite(*tensors: Tensor) -> bool:
+    """Whether no element is NaN or Inf. Sums tell it sooner, unless they overflow."""
+    if math.isfinite(sum(float(tensor.detach().sum(dtype=torch.float32)) for tensor in tensors)):
+        return True
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)

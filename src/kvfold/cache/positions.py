@@ -46,6 +46,7 @@ class Positions:
     def reset(self) -> None:
         self._runs: list[_Run] = []
         self._announced: Tensor | None = None
+        self._written: dict[tuple[int, int], Tensor] = {}  # asked for in this pass: all layers ask for the same
         self.length = 0
 
     def announce(self, positions: Tensor) -> None:
@@ -70,9 +71,19 @@ class Positions:
             self._append(run)
         self.length = stop
         self._announced = None
+        self.forget()
+
+    def forget(self) -> None:
+        """The pass is over, or slots have changed: positions written out are let go of."""
+        self._written = {}
 
     def slots(self, start: int, stop: int) -> Tensor:
-        """Positions of slots `start..stop-1`, int32 `[B, stop - start]`."""
+        """Positions of slots `start..stop-1`, int32 `[B, stop - start]`; not to be written to."""
+        if (start, stop) not in self._written:
+            self._written[start, stop] = self._write(start, stop)
+        return self._written[start, stop]
+
+    def _write(self, start: int, stop: int) -> Tensor:
         parts = [
             run.at(max(start, run.start), min(stop, run.start + run.length))
             for run in self._runs
@@ -99,10 +110,12 @@ class Positions:
         self._runs = [replace(r, length=min(r.length, length - r.start)) for r in kept]
         self.length = min(self.length, length)
         self._announced = None
+        self.forget()
 
     def map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply `function` to the batch axis (0) of what is stored."""
         self._runs = [replace(r, first=function(r.first), step=function(r.step)) for r in self._runs]
+        self.forget()
 
     def state(self) -> dict[str, Tensor]:
         """Everything `restore` needs: `runs` int64 `[R, 3]` (start, length, regime), `first` and `step` `[R, B]`."""

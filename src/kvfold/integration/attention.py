@@ -62,12 +62,12 @@ def _attend_rows(
     query: Tensor, view: CacheView, mask: Tensor | None, boundaries: Tensor | None, scale: float, softcap: float | None
 ) -> Tensor:
     """`mask` bool `[B or 1, 1, Q, T]`, None for a single query that sees all; `boundaries [Q, 1]` or None: see `CacheView`."""
-    slots = torch.arange(view.length, device=query.device)
+    slots = None if boundaries is None else torch.arange(view.length, device=query.device)
     parts = []
     for piece in view.pieces:
         chosen = slice(piece.start, piece.stop)
         piece_mask = None if mask is None else mask[..., chosen]
-        if piece_mask is not None and boundaries is not None:
+        if piece_mask is not None and slots is not None and boundaries is not None:
             piece_mask = piece_mask & (slots[chosen] < boundaries)
         keys, values = (view.key_codec, piece.keys), (view.value_codec, piece.values)
         parts.append(attend(query, keys, values, piece.rotation, piece_mask, scale, softcap))
@@ -75,7 +75,7 @@ def _attend_rows(
         exact_mask = None
         if mask is not None:
             exact_mask = mask[..., view.exact_start :]
-            if boundaries is not None:
+            if slots is not None and boundaries is not None:
                 exact_mask = exact_mask & (slots[view.exact_start :] >= boundaries)
             exact_mask = torch.cat((mask[..., : view.sinks], exact_mask), -1)
         parts.append(ops.attend_exact(query, view.keys, view.values, exact_mask, scale, softcap))
