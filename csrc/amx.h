@@ -1,35 +1,19 @@
-// The CPU's matrix unit (AMX): whether it may be used, and its set-up for the life of an object.
+// The CPU's matrix unit (AMX): its set-up for the life of an object. Compiled into the module of that instruction set alone, which
+// is used only after the kernel gave this process leave (module.cpp, `supports`).
 #pragma once
 
-#if defined(__AVX512F__) && defined(__linux__) && defined(__x86_64__)
-#define KVFOLD_AMX 1
+#if defined(__AMX_BF16__)
 
-#include <cpuid.h>
 #include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include <cstdint>
 
-#define KVFOLD_AMX_CODE __attribute__((target("amx-tile,amx-bf16")))
-
 namespace kvfold {
-
-// Whether the CPU has the unit and the kernel lets this process use it.
-inline bool amx_usable() {
-  static const bool usable = [] {
-    unsigned a, b, c, d;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
-    constexpr int request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
-  }();
-  return usable;
-}
 
 // Eight tiles of 16 rows of 64 bytes. The set-up belongs to the thread, and others (oneDNN) remember theirs: it is put back.
 class AmxTiles {
  public:
-  KVFOLD_AMX_CODE AmxTiles() {
+  AmxTiles() {
     alignas(64) uint8_t own[64] = {};
     own[0] = 1;
     for (int tile = 0; tile < 8; tile++) {
@@ -39,7 +23,7 @@ class AmxTiles {
     _tile_storeconfig(before_);
     _tile_loadconfig(own);
   }
-  KVFOLD_AMX_CODE ~AmxTiles() { _tile_loadconfig(before_); }
+  ~AmxTiles() { _tile_loadconfig(before_); }
   AmxTiles(const AmxTiles&) = delete;
   AmxTiles& operator=(const AmxTiles&) = delete;
 

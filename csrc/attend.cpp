@@ -7,7 +7,7 @@ namespace kvfold {
 
 void attend(const AttendCall& call) {
   if (attend_step(call)) return;
-#if defined(KVFOLD_AMX)
+#if defined(__AMX_BF16__)
   if (AmxAttention::serves(call)) return AmxAttention::run(call);
 #endif
   attend_tiles(call);

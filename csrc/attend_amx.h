@@ -8,7 +8,7 @@
 #include "amx.h"
 #include "attend_tiles.h"
 
-#if defined(KVFOLD_AMX)
+#if defined(__AMX_BF16__)
 
 namespace kvfold {
 
@@ -19,7 +19,7 @@ class AmxAttention {
  public:
   static bool serves(const AttendCall& call) {
     return call.queries > 1 && call.shared * call.queries >= 32 && call.shared <= kAmxRows && call.key.dim % 32 == 0 &&
-           call.value.dim % 16 == 0 && amx_usable();
+           call.value.dim % 16 == 0;
   }
 
   static void run(const AttendCall& call) {
@@ -55,7 +55,7 @@ class AmxAttention {
         top_(padded_, kMinusInfinity),
         total_(padded_, 0.0f) {}
 
-  KVFOLD_AMX_CODE void attend() {
+  void attend() {
     const AmxTiles tiles;
     const int64_t b = pair_ / call_.kv_heads, dim = call_.key.dim;
     read_queries();
@@ -150,7 +150,7 @@ class AmxAttention {
   }
 
   // scores [16][64] of rows row..row+15.
-  KVFOLD_AMX_CODE void score(int64_t row, float* scores) {
+  void score(int64_t row, float* scores) {
     const int64_t dim = call_.key.dim, stride = dim * 2;
     _tile_zero(0);
     _tile_zero(1);
@@ -237,7 +237,7 @@ class AmxAttention {
   }
 
   // sums [16 rows][value dim] += weights . values
-  KVFOLD_AMX_CODE void mix(int64_t row, const uint16_t* weights) {
+  void mix(int64_t row, const uint16_t* weights) {
     const int64_t dim = call_.value.dim;
     _tile_loadd(4, weights, kTile * 2);
     _tile_loadd(5, weights + 32, kTile * 2);

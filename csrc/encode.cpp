@@ -233,7 +233,7 @@ void encode(const EncodeCall& call) {
     for (int64_t i = 0; i < count; i++)
       std::copy_n(call.vectors + ((pair * call.tokens + first + i) * groups + p) * dim, dim, x.data() + i * dim);
     int32_t* to = call.codes + (pair * call.tokens + first) * books.codes() + p;
-#if defined(KVFOLD_AMX)
+#if defined(__AMX_BF16__)
     if (AmxEncoder::serves(call)) {
       std::vector<int64_t> own;
       for (int64_t s = 0; s < depth; s++) own.push_back(book[s * groups + p]);

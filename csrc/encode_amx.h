@@ -14,7 +14,7 @@
 
 #include "amx.h"
 
-#if defined(KVFOLD_AMX)
+#if defined(__AMX_BF16__)
 
 namespace kvfold {
 
@@ -22,7 +22,7 @@ class AmxEncoder {
  public:
   static constexpr int64_t kRowsOfTile = 16;
 
-  static bool serves(const EncodeCall& call) { return call.beam <= kRowsOfTile && amx_usable(); }
+  static bool serves(const EncodeCall& call) { return call.beam <= kRowsOfTile; }
 
   AmxEncoder(const Books& books, int64_t beam)
       : books_(books),
@@ -35,7 +35,7 @@ class AmxEncoder {
   }
 
   // Codes [count][stages] of vectors [count][dim] whose stage s uses codebook `book[s]`.
-  KVFOLD_AMX_CODE void encode(const float* x, int64_t count, const std::vector<int64_t>& book, int32_t* codes) {
+  void encode(const float* x, int64_t count, const std::vector<int64_t>& book, int32_t* codes) {
     const int64_t depth = static_cast<int64_t>(book.size());
     for (auto& residual : residual_) residual.assign(count * stride_ * dim_, 0.0f);
     steps_.resize(depth * count * stride_);
@@ -82,7 +82,7 @@ class AmxEncoder {
 
   // errors_[row][codeword] = ||C||^2 / 2 - r . C, nearly, of 16 partial codes: those from `first` on, or the first ones of 16
   // vectors if each takes one row.
-  KVFOLD_AMX_CODE void score(int64_t m, int64_t first, int64_t room) {
+  void score(int64_t m, int64_t first, int64_t room) {
     const int64_t padded = books_.padded_size(), parts = tiles_.parts;
     const int64_t row_bytes = dim_ * 2 * (room == 1 ? stride_ : 1);
     const uint16_t* rows = &rounded_[first * dim_];

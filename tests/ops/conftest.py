@@ -1,12 +1,20 @@
-"""Every law of an op runs for every backend there is."""
+"""Every law of an op runs for every backend there is, the native one once an instruction set."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 
 from kvfold import ops
+from kvfold.ops import native
+
+WAYS = [(name, isa) for name in ops.available_backends() for isa in (native.available_isas() if name == "cpu" else [""])]
 
 
-@pytest.fixture(params=ops.available_backends(), scope="module")
-def backend(request: pytest.FixtureRequest) -> str:
-    return request.param
+@pytest.fixture(params=WAYS, ids="-".join, scope="module")
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    name, isa = request.param
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KVFOLD_CPU_ISA", isa)
+        yield name

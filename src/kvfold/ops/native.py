@@ -1,7 +1,8 @@
 """The compiled CPU ops: which module runs here, and codebooks made ready for it.
 
-There is one module an instruction set, `_cpu_portable`, `_cpu_avx2`, `_cpu_avx512`; the best that the CPU has is used, or the
-one that `KVFOLD_CPU_ISA` names. Without a compiler at installation there is none, and the ops run as plain PyTorch.
+There is one module an instruction set: `_cpu_portable`, `_cpu_avx2`, `_cpu_avx512`, and `_cpu_amx`, AVX-512 with a matrix unit.
+The best that the CPU has is used, or the one that `KVFOLD_CPU_ISA` names. Without a compiler at installation there is none,
+and the ops run as plain PyTorch.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from kvfold.errors import InputError
 
-ISAS = ("avx512", "avx2", "portable")
+ISAS = ("amx", "avx512", "avx2", "portable")
 MISSING = "kvfold was installed without its native CPU ops: install a C++ compiler (GCC or Clang), then kvfold again"
 LIBRARY = torch.library.Library("kvfold", "DEF")
 
