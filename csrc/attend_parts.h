@@ -75,7 +75,7 @@ struct Part {
   float* total;  // [rows]
 };
 
-// out and lse of `rows` rows from their parts, `stride` apart in number; false if a row's keys were skipped for more than
+// out and lse of `rows` rows from their parts; false if a row's keys were skipped for more than
 // `skip` of its output's norm allows. `skipped[part][row]` bounds the norm of what was left out of `sums`.
 inline bool join(const std::vector<Part>& parts, const std::vector<const float*>& skipped, float skip, int64_t rows, int64_t dim,
                  float* out, float* lse) {

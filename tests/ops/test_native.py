@@ -177,6 +177,44 @@ def test_scores_that_rise_along_the_keys_do_not_overflow() -> None:
     assert torch.allclose(lse, right_lse, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize(("dim", "rope"), [(64, "pre"), (128, "post"), (32, "post")])
+def test_a_prompt_attends_as_the_naive_op(dim: int, rope: str, softcap: float | None, dtype: torch.dtype) -> None:
+    tokens, queries = 333, 150
+    query, key, value = (
+        torch.randn(2, 6, queries, dim).to(dtype),
+        coded(2, 2, tokens, dim, strided=True),
+        coded(2, 2, tokens, dim),
+    )
+    mask = (torch.arange(tokens) <= torch.arange(queries)[:, None] + tokens - queries)[None, None].repeat(2, 1, 1, 1)
+    mask[1, :, :, :100] = False
+    mask[0, :, 7] = False
+    bound = 1e-2 if dtype is torch.bfloat16 else EXACT_ERROR
+    turned = rotation(tokens, dim) if rope == "pre" else None
+    dense = torch.randn(2, 2, tokens, dim).to(dtype)
+    for got, right in (
+        both(query, key, value, turned, mask, dim**-0.5, softcap=softcap),
+        tuple(ops.attend_exact(query, dense, dense, mask, dim**-0.5, softcap, backend) for backend in ("cpu", "naive")),
+    ):
+        seen = right[1] > -torch.inf
+        assert not got[0][~seen].any()
+        assert torch.equal(got[1] > -torch.inf, seen)
+        # Over all rows together: four roundings to 2^-9 show in the worst of 1,800 rows more than in the whole.
+        difference = (got[0] - right[0])[seen].square().mean().sqrt() / right[0][seen].square().mean().sqrt()
+        assert float(difference) <= bound
+        assert float((got[1] - right[1])[seen].abs().max()) <= bound
+
+
+def test_codebooks_are_made_ready_once_for_all_ops() -> None:
+    key, value = coded(1, 2, 300, 64, strided=True), coded(1, 2, 300, 64)
+    ops.encode(torch.randn(1, 2, 3, 2, 32), key.codebooks, key.book, 1, "cpu")
+    ops.attend(torch.randn(1, 4, 1, 64), key, value, None, None, 1.0, backend="cpu")
+    ready = native.books(key.codebooks, key.book, key.channels)
+    assert native.books(key.codebooks, key.book) is ready
+    assert len(native._ready[key.codebooks]) == 1
+
+
 # -- leaving values unread ---------------------------------------------------------------------------------------------
 
 
@@ -220,6 +258,13 @@ def test_the_bound_is_settable_and_zero_reads_everything(monkeypatch: pytest.Mon
         errors.append(float((ops.attend(query, key, value, None, None, 1.0, backend="cpu")[0] - right).norm()))
     assert errors[0] <= 5e-5 * float(right.norm())
     assert 1e-4 * float(right.norm()) < errors[1] <= 0.5 * float(right.norm())  # something was left out, within the bound
+
+
+@pytest.mark.parametrize("given", ["some", "-1", "1", "nan"])
+def test_a_bound_that_is_none_is_told(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVFOLD_SKIP", given)
+    with pytest.raises(InputError, match="KVFOLD_SKIP"):
+        ops.attend(torch.randn(1, 4, 1, 64), coded(1, 2, 9, 64), coded(1, 2, 9, 64), None, None, 1.0, backend="cpu")
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------

@@ -65,7 +65,8 @@ def bench_attention(args: argparse.Namespace) -> None:
         require_file_target(Path(args.plot))
     prepare(args)
     sizes = {name: getattr(args, name) for name in ("heads", "kv_heads", "head_dim", "stages", "codebook_size", "group")}
-    results = bench_attend(args.contexts, args.ropes, repeats=args.repeats, seed=args.seed, backend=args.backend, **sizes)
+    contexts = sorted(set(args.contexts))
+    results = bench_attend(contexts, args.ropes, repeats=args.repeats, seed=args.seed, backend=args.backend, **sizes)
     rows = [["context", "keys", "kvfold", "sdpa bf16", "matmul bf16", "read bf16", "read codes", "speed-up", "error"]]
     for one in results:
         fields = ("kvfold_ms", "sdpa_bf16_ms", "matmul_bf16_ms", "read_bf16_ms", "read_codes_ms")
@@ -84,7 +85,7 @@ def bench_attention(args: argparse.Namespace) -> None:
             }
             for rope in args.ropes
         }
-        picture(lambda: plot_times(panels, sorted(args.contexts), Path(args.plot)), Path(args.plot))
+        picture(lambda: plot_times(panels, contexts, Path(args.plot)), Path(args.plot))
 
 
 def bench_encoding(args: argparse.Namespace) -> None:

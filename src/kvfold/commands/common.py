@@ -99,6 +99,14 @@ def check_record(args: argparse.Namespace, kind: str) -> None:
         record_file(args.record, kind)
 
 
+def check_outputs(args: argparse.Namespace, kind: str) -> None:
+    """The same for `--json`, `--record` and `--plot` together."""
+    check_json(args)
+    check_record(args, kind)
+    if getattr(args, "plot", None):
+        require_file_target(Path(args.plot))
+
+
 def record_if_asked(args: argparse.Namespace, kind: str, facts: dict[str, Any]) -> None:
     """Append result and machine to the record that `--record` names, if it was given."""
     if args.record:

@@ -83,12 +83,13 @@ def books(codebooks: Tensor, book: Tensor, channels: Tensor | None = None) -> An
     known = _ready.setdefault(codebooks, [])
     for version, other_book, other_channels, other_module, ready in known:
         same = version == codebooks._version and other_module is native and _equal(other_book, book)
-        if same and (channels is None or _equal(other_channels, channels)):
+        if same and (channels is None or (other_channels is not None and _equal(other_channels, channels))):
             return ready
-    if channels is None:
-        channels = torch.arange(book.shape[2] * codebooks.shape[2]).view(book.shape[2], -1)
+    order = torch.arange(book.shape[2] * codebooks.shape[2]).view(book.shape[2], -1) if channels is None else channels
     table = codebooks.detach().float().contiguous()
-    ready = native.make_books(array(table), *(array(part.to(torch.int64).contiguous()) for part in (book, channels)))
+    ready = native.make_books(array(table), *(array(part.to(torch.int64).contiguous()) for part in (book, order)))
+    # Those that know channels serve every op, so what was made without (encoding comes first) is let go of.
+    known[:] = [entry for entry in known if entry[0] == codebooks._version and entry[2] is not None]
     known.append((codebooks._version, book, channels, native, ready))
     return ready
 

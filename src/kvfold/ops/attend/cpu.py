@@ -1,8 +1,9 @@
 """Attention in C++ (csrc/attend*.h): on codes, and on exact keys and values.
 
-A few queries (a decode step) work on tables and never decode; see docs/performance.md for how, and for the error: 1e-3 of
-the output's root mean square for keys coded before RoPE with AVX-512 (16-bit integers), 1e-5 otherwise. Where softmax
-weights vanish, values are left unread as long as the output provably changes by at most `SKIP` of its norm.
+A few queries (a decode step) work on tables and never decode; see docs/performance.md for how. Error against the naive op,
+root mean square over that of the output: 1e-3 for a few queries on keys coded before RoPE with AVX-512 (16-bit integers),
+1e-2 for many bfloat16 queries on a matrix unit (the precision of such a model's own attention), 3e-5 otherwise. Where
+softmax weights vanish, values are left unread as long as the output provably changes by at most `SKIP` of its norm.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import torch
 from torch import Tensor
 
+from kvfold.errors import InputError
 from kvfold.ops import native
 from kvfold.ops.attend.naive import Coded, Rotation
 
@@ -45,7 +47,14 @@ def attend_exact(
 
 
 def _skip() -> float:
-    return float(os.environ.get("KVFOLD_SKIP") or SKIP)
+    given = os.environ.get("KVFOLD_SKIP") or str(SKIP)
+    try:
+        skip = float(given)
+    except ValueError:
+        skip = -1.0
+    if not 0 <= skip < 1:
+        raise InputError("KVFOLD_SKIP from 0 to below 1", repr(given), "unset it or choose such a number")
+    return skip
 
 
 def _attend_codes(
