@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from kvfold.files import replacing_file
+
+
+@contextmanager
+def _axes(file: Path, size: tuple[float, float], panels: int = 1, dpi: int = 120) -> Iterator[list[Any]]:
+    """Axes of `panels` panels in a row; what was drawn on them is then written to `file`.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        InputError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure  # a bare figure draws with Agg: no display, and no backend is chosen for the process
+
+    figure = Figure(figsize=size, layout="constrained")
+    yield list(figure.subplots(1, panels, squeeze=False)[0])
+    with replacing_file(file) as fresh:
+        figure.savefig(fresh, format="png", dpi=dpi)
 
 
 def plot_distortion(layers: Sequence[int], keys: Sequence[float], values: Sequence[float], title: str, file: Path) -> None:
@@ -16,19 +33,14 @@ def plot_distortion(layers: Sequence[int], keys: Sequence[float], values: Sequen
         ImportError: matplotlib is not installed.
         InputError: the file cannot be written.
     """
-    from matplotlib.figure import Figure  # a bare figure draws with Agg: no display, and no backend is chosen for the process
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(layers, keys, marker="o", label="keys")
-    axes.plot(layers, values, marker="s", label="values")
-    if any(x > 0 for x in (*keys, *values)):
-        axes.set_yscale("log")
-    axes.set(title=title, xlabel="layer", ylabel="distortion (squared error / square)")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    with replacing_file(file) as fresh:
-        figure.savefig(fresh, format="png", dpi=120)
+    with _axes(file, (8, 4.5)) as (axes,):
+        axes.plot(layers, keys, marker="o", label="keys")
+        axes.plot(layers, values, marker="s", label="values")
+        if any(x > 0 for x in (*keys, *values)):
+            axes.set_yscale("log")
+        axes.set(title=title, xlabel="layer", ylabel="distortion (squared error / square)")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend()
 
 
 def plot_losses(losses: Mapping[str, Sequence[float]], file: Path) -> None:
@@ -38,17 +50,12 @@ def plot_losses(losses: Mapping[str, Sequence[float]], file: Path) -> None:
         ImportError: matplotlib is not installed.
         InputError: the file cannot be written.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for name, values in losses.items():
-        axes.plot(range(1, len(values) + 1), values, label=name)
-    axes.set(title="finetuning", xlabel="step", ylabel="loss (nats a token)")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    with replacing_file(file) as fresh:
-        figure.savefig(fresh, format="png", dpi=120)
+    with _axes(file, (8, 4.5)) as (axes,):
+        for name, values in losses.items():
+            axes.plot(range(1, len(values) + 1), values, label=name)
+        axes.set(title="finetuning", xlabel="step", ylabel="loss (nats a token)")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend()
 
 
 def plot_curve(records: Sequence[dict[str, Any]], title: str, file: Path) -> None:
@@ -58,17 +65,12 @@ def plot_curve(records: Sequence[dict[str, Any]], title: str, file: Path) -> Non
         ImportError: matplotlib is not installed.
         InputError: the file cannot be written.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for side in ("key", "value"):
-        axes.plot([record["step"] for record in records], [record[f"{side}_mse"] for record in records], label=f"{side}s")
-    axes.set(title=title, xlabel="step", ylabel="mean squared error of scaled vectors")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    with replacing_file(file) as fresh:
-        figure.savefig(fresh, format="png", dpi=120)
+    with _axes(file, (8, 4.5)) as (axes,):
+        for side in ("key", "value"):
+            axes.plot([record["step"] for record in records], [record[f"{side}_mse"] for record in records], label=f"{side}s")
+        axes.set(title=title, xlabel="step", ylabel="mean squared error of scaled vectors")
+        axes.grid(alpha=0.3)
+        axes.legend()
 
 
 def plot_needle(
@@ -84,21 +86,17 @@ def plot_needle(
         ImportError: matplotlib is not installed.
         InputError: the file cannot be written.
     """
-    from matplotlib.figure import Figure
-
     size = (1.2 + len(panels) * (1.2 + 0.55 * len(contexts)), 1.6 + 0.4 * len(depths))
-    figure = Figure(figsize=size, layout="constrained")
-    for axes, (title, shares) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        axes.imshow(shares, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
-        axes.set(title=title, xlabel="context, tokens", ylabel="depth of the fact, %")
-        axes.set_xticks(range(len(contexts)), [str(context) for context in contexts], rotation=45)
-        axes.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
-        axes.set_xticks([x - 0.5 for x in range(1, len(contexts))], minor=True)
-        axes.set_yticks([y - 0.5 for y in range(1, len(depths))], minor=True)
-        axes.grid(which="minor", color="white", linewidth=1.5)
-        axes.tick_params(which="minor", length=0)
-    with replacing_file(file) as fresh:
-        figure.savefig(fresh, format="png", dpi=120)
+    with _axes(file, size, len(panels)) as row:
+        for axes, (title, shares) in zip(row, panels.items(), strict=True):
+            axes.imshow(shares, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+            axes.set(title=title, xlabel="context, tokens", ylabel="depth of the fact, %")
+            axes.set_xticks(range(len(contexts)), [str(context) for context in contexts], rotation=45)
+            axes.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
+            axes.set_xticks([x - 0.5 for x in range(1, len(contexts))], minor=True)
+            axes.set_yticks([y - 0.5 for y in range(1, len(depths))], minor=True)
+            axes.grid(which="minor", color="white", linewidth=1.5)
+            axes.tick_params(which="minor", length=0)
 
 
 def plot_bars(names: Sequence[str], heights: Sequence[float], title: str, unit: str, file: Path) -> None:
@@ -108,16 +106,11 @@ def plot_bars(names: Sequence[str], heights: Sequence[float], title: str, unit: 
         ImportError: matplotlib is not installed.
         InputError: the file cannot be written.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 0.5 + 0.5 * len(names)), layout="constrained")
-    axes = figure.subplots()
-    bars = axes.barh(list(names), list(heights))
-    axes.bar_label(bars, fmt="%.3f", padding=3)
-    axes.invert_yaxis()
-    axes.set(title=title, xlabel=unit, xlim=(min(1.0, *heights), max(heights) * 1.05))
-    with replacing_file(file) as fresh:
-        figure.savefig(fresh, format="png", dpi=120)
+    with _axes(file, (8, 0.5 + 0.5 * len(names))) as (axes,):
+        bars = axes.barh(list(names), list(heights))
+        axes.bar_label(bars, fmt="%.3f", padding=3)
+        axes.invert_yaxis()
+        axes.set(title=title, xlabel=unit, xlim=(min(1.0, *heights), max(heights) * 1.05))
 
 
 def plot_times(panels: Mapping[str, Mapping[str, Sequence[float]]], contexts: Sequence[int], file: Path) -> None:
@@ -127,16 +120,12 @@ def plot_times(panels: Mapping[str, Mapping[str, Sequence[float]]], contexts: Se
         ImportError: matplotlib is not installed.
         InputError: the file cannot be written.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(1 + 5 * len(panels), 4.5), layout="constrained")
-    for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        for name, times in lines.items():
-            axes.plot(contexts, times, marker="o", label=name, linestyle="--" if name.startswith("reading") else "-")
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set(title=title, xlabel="keys", ylabel="milliseconds")
-        axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    with replacing_file(file) as fresh:
-        figure.savefig(fresh, format="png", dpi=110)
+    with _axes(file, (1 + 5 * len(panels), 4.5), len(panels), dpi=110) as row:
+        for axes, (title, lines) in zip(row, panels.items(), strict=True):
+            for name, times in lines.items():
+                axes.plot(contexts, times, marker="o", label=name, linestyle="--" if name.startswith("reading") else "-")
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.set(title=title, xlabel="keys", ylabel="milliseconds")
+            axes.grid(alpha=0.3, which="both")
+        axes.legend()

@@ -11,8 +11,7 @@ from kvfold.bench.plot import plot_bars
 from kvfold.calibrate.finetune import FinetuneSettings
 from kvfold.codecs import method
 from kvfold.commands.common import (
-    check_json,
-    check_record,
+    check_outputs,
     emit,
     named_model,
     picture,
@@ -22,16 +21,12 @@ from kvfold.commands.common import (
 )
 from kvfold.evaluate.ablate import ABLATIONS, AblationRow
 from kvfold.evaluate.ablate import ablate as run
-from kvfold.files import require_file_target
 
 
 def ablate(args: argparse.Namespace) -> None:
     """`kvfold ablate`: a row a variant, told as it is done; JSON, table and picture at the end."""
     method(args.codec)
-    check_json(args)
-    check_record(args, "ablate")
-    if args.plot:
-        require_file_target(Path(args.plot))
+    check_outputs(args, "ablate")
     text, calibration = read_texts(args.text), None if args.calibration_text is None else read_texts(args.calibration_text)
     model, tokenizer = named_model(args)
     title, variants = ABLATIONS[args.what]

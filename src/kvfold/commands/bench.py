@@ -9,22 +9,19 @@ from kvfold.bench import bench_attend, bench_encode, bench_generate
 from kvfold.bench.plot import plot_times
 from kvfold.codecs.artifact import load
 from kvfold.commands.common import (
-    check_json,
-    check_record,
+    check_outputs,
     emit,
     picture,
     prepare,
     record_if_asked,
     table,
 )
-from kvfold.files import require_file_target
 
 
 def bench_generation(args: argparse.Namespace) -> None:
     """`kvfold bench generate`."""
     load(args.codec)
-    check_json(args)
-    check_record(args, "bench-generate")
+    check_outputs(args, "bench-generate")
     prepare(args)
     results = bench_generate(
         args.model,
@@ -59,10 +56,7 @@ _TIMES = {
 
 def bench_attention(args: argparse.Namespace) -> None:
     """`kvfold bench attend`."""
-    check_json(args)
-    check_record(args, "bench-attend")
-    if args.plot:
-        require_file_target(Path(args.plot))
+    check_outputs(args, "bench-attend")
     prepare(args)
     sizes = {name: getattr(args, name) for name in ("heads", "kv_heads", "head_dim", "stages", "codebook_size", "group")}
     contexts = sorted(set(args.contexts))
@@ -90,8 +84,7 @@ def bench_attention(args: argparse.Namespace) -> None:
 
 def bench_encoding(args: argparse.Namespace) -> None:
     """`kvfold bench encode`."""
-    check_json(args)
-    check_record(args, "bench-encode")
+    check_outputs(args, "bench-encode")
     prepare(args)
     sizes = {name: getattr(args, name) for name in ("vectors", "group", "stages", "codebook_size")}
     results = bench_encode(args.beams, repeats=args.repeats, seed=args.seed, backend=args.backend, **sizes)

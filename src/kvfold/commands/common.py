@@ -93,16 +93,11 @@ def emit(args: argparse.Namespace, facts: Any, text: str) -> None:
             fresh.write_text(document + "\n")
 
 
-def check_record(args: argparse.Namespace, kind: str) -> None:
-    """The same for `--record DIR`."""
+def check_outputs(args: argparse.Namespace, kind: str) -> None:
+    """The same for what `--json`, `--record` and `--plot` name."""
+    check_json(args)
     if args.record:
         record_file(args.record, kind)
-
-
-def check_outputs(args: argparse.Namespace, kind: str) -> None:
-    """The same for `--json`, `--record` and `--plot` together."""
-    check_json(args)
-    check_record(args, kind)
     if getattr(args, "plot", None):
         require_file_target(Path(args.plot))
 

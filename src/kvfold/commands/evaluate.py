@@ -6,8 +6,7 @@ import argparse
 import logging
 
 from kvfold.commands.common import (
-    check_json,
-    check_record,
+    check_outputs,
     chosen_codecs,
     emit,
     named_model,
@@ -38,8 +37,7 @@ def evaluate_text(args: argparse.Namespace) -> None:
     """`kvfold eval`."""
     codecs = chosen_codecs(args)
     texts = read_texts(args.text)
-    check_json(args)
-    check_record(args, "eval")
+    check_outputs(args, "eval")
     model, tokenizer = named_model(args)
     sizes = {name: getattr(args, name) for name in ("context", "windows", "sinks", "window")}
     result = evaluate(model, tokenizer, codecs, texts, **sizes)
@@ -67,8 +65,7 @@ def evaluate_text(args: argparse.Namespace) -> None:
 
 def _evaluate_tasks(args: argparse.Namespace) -> None:
     codecs = chosen_codecs(args) if args.codec else None
-    check_json(args)
-    check_record(args, "tasks")
+    check_outputs(args, "tasks")
     quiet_libraries()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     tasks = load_tasks(args.tasks, args.task_path, args.num_fewshot, args.seed)

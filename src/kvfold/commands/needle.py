@@ -8,8 +8,7 @@ from pathlib import Path
 from kvfold.bench.plot import plot_needle
 from kvfold.codecs.artifact import load
 from kvfold.commands.common import (
-    check_json,
-    check_record,
+    check_outputs,
     emit,
     named_model,
     picture,
@@ -20,7 +19,6 @@ from kvfold.commands.common import (
 from kvfold.errors import InputError
 from kvfold.evaluate.needle import NeedleResult
 from kvfold.evaluate.needle import needle as test_needle
-from kvfold.files import require_file_target
 
 
 def needle(args: argparse.Namespace) -> None:
@@ -29,10 +27,7 @@ def needle(args: argparse.Namespace) -> None:
     if len(set(names)) < len(names):
         raise InputError("codec folders of different names", ", ".join(args.codec), "rename one")
     codecs = {name: load(folder) for name, folder in zip(names, args.codec, strict=True)}
-    check_json(args)
-    check_record(args, "needle")
-    if args.plot:
-        require_file_target(Path(args.plot))
+    check_outputs(args, "needle")
     texts = None if args.text is None else read_texts(args.text)
     model, tokenizer = named_model(args)
     sizes = {"contexts": args.contexts, "depths": args.depths, "sinks": args.sinks, "window": args.window}
