@@ -53,11 +53,18 @@ inline const uint8_t* code_row(const Side& side, int64_t b, int64_t g, int64_t t
 }
 
 inline void read_scales(const Side& side, int64_t b, int64_t g, int64_t first, int64_t count, float* to) {
-  const uint16_t* from = side.scale + b * side.scale_batch_stride + g * side.scale_head_stride + first * side.scale_token_stride;
-  if (side.scale_token_stride == 1)
+  const int64_t at = b * side.scale_batch_stride + g * side.scale_head_stride + first * side.scale_token_stride;
+  const int64_t stride = side.scale_token_stride;
+  if (side.short_scale) {
+    const uint8_t* from = static_cast<const uint8_t*>(side.scale) + at;
+    for (int64_t t = 0; t < count; t++) to[t] = half_to_float(static_cast<uint16_t>(from[t * stride] << 7));
+    return;
+  }
+  const uint16_t* from = static_cast<const uint16_t*>(side.scale) + at;
+  if (stride == 1)
     for (int64_t t = 0; t < count; t++) to[t] = half_to_float(from[t]);
   else
-    for (int64_t t = 0; t < count; t++) to[t] = half_to_float(from[t * side.scale_token_stride]);
+    for (int64_t t = 0; t < count; t++) to[t] = half_to_float(from[t * stride]);
 }
 
 // softcap * tanh(score / softcap)

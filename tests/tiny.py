@@ -150,7 +150,7 @@ def tiny_codecs(family: str, method: str = "rvq", **changes: Any) -> CodecSet:
     """Codecs fitted on keys and values of random tokens."""
     model = tiny_model(family)
     spec = model_spec(model)
-    small = {"group": 4, "codebook_size": 16, "stages": 2, "iterations": 3} if method == "rvq" else {}
+    small = {"group": 4, "codebook_size": 16, "stages": 2, "iterations": 3} if method.startswith("rvq") else {}
     settings = resolve_settings(method, {**small, **changes}, spec.head_dim)
     generator = torch.Generator().manual_seed(0)
     cache = CaptureCache(spec, build_codec(method, "key", spec.head_dim, settings).pre_rope)

@@ -38,6 +38,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m kvfold.demo", description=__doc__)
     parser.add_argument("--out", default="demo-out", metavar="DIR", help="where the codec folder goes")
     parser.add_argument("--tokens", type=int, default=16384, metavar="N", help="tokens of calibration")
+    parser.add_argument("--steps", type=int, default=30, metavar="N", help="steps of training (120 without this being a demo)")
     parser.add_argument("--new-tokens", type=int, default=60, metavar="N", help="tokens of each answer")
     args = parser.parse_args()
     quiet_libraries()
@@ -48,7 +49,8 @@ def main() -> int:
     topics = builtin_text()
 
     _title(f"1. Calibrating SmolLM2-135M on {args.tokens} tokens (preset rvq)")
-    codecs = calibrate(model, tokenizer, topics[: -3 * _TOPICS], tokens=args.tokens)
+    settings = {"distill_steps": args.steps}
+    codecs = calibrate(model, tokenizer, topics[: -3 * _TOPICS], tokens=args.tokens, settings=settings)
     codecs.save(Path(args.out, "codec"))
     print(f"{codecs.bits_per_element:.2f} bits per element instead of 16 or 32; written to {args.out}/codec")
 

@@ -1,4 +1,4 @@
-"""Packing of codes of 1 to 16 bits into bytes, least significant bit first, no gaps inside one vector.
+"""Packing of scales into a byte, and of codes of 1 to 16 bits into bytes, least significant bit first, without gaps.
 
 A code of `bits` bits starts at bit `i * bits` of its vector's row, so it lies in at most three bytes. Rows are padded
 to whole bytes: 32 codes of 11 bits take 44 bytes.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+_LARGEST = 61440.0  # the largest finite float16 with three bits of mantissa
 
 
 def packed_bytes(count: int, bits: int) -> int:
@@ -38,6 +40,22 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     rows = torch.nn.functional.pad(packed, (0, 2)).to(torch.int32)
     wide = rows[..., first] | (rows[..., first + 1] << 8) | (rows[..., first + 2] << 16)
     return (wide >> shift) & ((1 << bits) - 1)
+
+
+def pack_scale(scale: Tensor) -> Tensor:
+    """Scales of at least 0 as uint8: exponent and first three bits of the mantissa of a float16, rounded to the nearest.
+
+    Between 6.1e-5 and 61440, the range's end, the error is at most 1/16 of the scale; below 3.8e-6 it is stored as 0.
+    """
+    bits = scale.clamp_max(_LARGEST).half().view(torch.int16).int()
+    return ((bits + 64) >> 7).to(torch.uint8)
+
+
+def unpack_scale(scale: Tensor) -> Tensor:
+    """Scales as float32, from uint8 of `pack_scale` or from a float16."""
+    if scale.dtype != torch.uint8:
+        return scale.float()
+    return (scale.to(torch.int16) << 7).view(torch.float16).float()
 
 
 def _layout(count: int, bits: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -26,10 +26,10 @@ def filled(family: str = "llama", method: str = "rvq", tokens: int = 40, **sizes
 def test_bits_are_read_off_the_buffers_and_equal_the_formula() -> None:
     cache = filled(sinks=0, window=0)
     report = cache.report()
-    # head dim 16, groups of 4, 2 stages of 16: 4 groups * 2 stages * 4 bits = 4 bytes, and a float16 scale
-    assert report.bits_per_element == 8 * (4 + 2) / 16 == cache.codecs.bits_per_element
-    assert report.bytes_codes == 2 * 3 * 2 * 2 * 40 * 4
-    assert report.bytes_scales == 2 * 3 * 2 * 2 * 40 * 2
+    # head dim 16, groups of 4, stages of 16: 4 groups * 4 bits = 2 bytes a stage, 2 of keys and 3 of values; a byte of scale
+    assert report.bits_per_element == 8 * (4 + 1 + 6 + 1) / 32 == cache.codecs.bits_per_element
+    assert report.bytes_codes == 3 * 2 * 2 * 40 * (4 + 6)
+    assert report.bytes_scales == 2 * 3 * 2 * 2 * 40
     assert report.bytes_exact == 0
     assert report.bytes_cache == sum(t.nbytes for layer in cache.coded_layers for t in live(layer))
 
@@ -44,10 +44,10 @@ def test_exact_tokens_and_codebooks_are_counted() -> None:
     report = cache.report()
     exact = 2 * 3 * 2 * 2 * (40 - 33) * 16 * 4  # sides, layers, batch, heads, tokens, dim, float32
     assert report.bytes_exact == exact
-    assert report.bytes_cache == exact + 2 * 3 * 2 * 2 * 33 * 6
+    assert report.bytes_cache == exact + 3 * 2 * 2 * 33 * (5 + 7)
     assert report.bytes_bf16 == 2 * 3 * 2 * 2 * 40 * 16 * 2
     assert report["ratio"] == report.bytes_bf16 / report.bytes_cache
-    assert report.bytes_codebooks == 2 * 3 * 2 * 16 * 4 * 2
+    assert report.bytes_codebooks == 3 * (2 + 3) * 2 * 16 * 4  # layers, stages, heads, codewords, channels
     assert report.bits_per_element_with_codebooks > report.bits_per_element
     assert report.bytes_allocated >= report.bytes_cache
 

@@ -12,7 +12,7 @@ import kvfold
 from kvfold.calibrate.text import builtin_text, own_samples
 
 TEXT = builtin_text()
-SMALL = {"group": 4, "codebook_size": 16, "stages": 2, "iterations": 3}
+SMALL = {"group": 4, "codebook_size": 16, "stages": 2, "iterations": 3, "distill_steps": 2}
 
 
 def calibrated(model=None, texts=TEXT, seed=0, tokens=600, codec="rvq", settings=SMALL, **more) -> kvfold.CodecSet:
@@ -35,12 +35,14 @@ def test_same_seed_same_bytes_and_another_seed_others(tmp_path: Path) -> None:
 
 def test_what_is_written_tells_where_it_came_from() -> None:
     info = calibrated(seed=3).info
-    assert {k: v for k, v in info.items() if k != "distortion"} == {"seed": 3, "tokens": 600, "text": "given", "samples": 600}
+    told = {k: v for k, v in info.items() if k not in ("distortion", "distill")}
+    assert told == {"seed": 3, "tokens": 600, "text": "given", "samples": 600}
+    assert info["distill"]["steps"] == 2
     assert all(0 < error < 1 for pair in info["distortion"] for error in pair)
 
 
 def test_more_stages_distort_less() -> None:
-    errors = [calibrated(settings={**SMALL, "stages": s}).info["distortion"] for s in (1, 2, 4)]
+    errors = [calibrated(settings={**SMALL, "stages": s, "distill_steps": 0}).info["distortion"] for s in (1, 2, 4)]
     for layer in range(3):
         for side in (0, 1):
             assert errors[0][layer][side] > errors[1][layer][side] > errors[2][layer][side]

@@ -38,7 +38,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     (root / "text.txt").write_text("\n\n".join(builtin_text())[:5000])
     sizes = ["--tokens", "400", "--context", "100", "--ema-steps", "6", "--ema-batch-tokens", "500", "--threads", "1"]
     sizes += ["--ema-reseed", "0.4"]
-    arguments = ["calibrate", str(root / "model"), "--text", str(root / "text.txt"), *sizes, *_SMALL]
+    arguments = ["calibrate", str(root / "model"), "--codec", "rvq-paper", "--text", str(root / "text.txt"), *sizes, *_SMALL]
     assert main([*arguments, "--out", str(root / "alone")]) == 0
     assert sum(record["moved"] for record in Checkpoint(root / "alone.ema").curve()) > 0
     return World(root, arguments, state(root / "alone.ema"))

@@ -22,10 +22,10 @@ SMALL = {"group": 4, "codebook_size": 16, "stages": 2, "iterations": 1}
 TEXT = "\n\n".join(builtin_text())[:6000]
 
 
-def learned(model: Any = None, texts: Any = TEXT, seed: int = 0, codec: str = "rvq", **ema: Any) -> kvfold.CodecSet:
+def learned(model: Any = None, texts: Any = TEXT, seed: int = 0, codec: str = "rvq-paper", **ema: Any) -> kvfold.CodecSet:
     model = tiny_model("llama") if model is None else model
     ema = {"steps": 4, "batch_tokens": 300, "every": 3, **ema}
-    how: dict[str, Any] = {"tokens": 200, "context": 100, "settings": SMALL if codec == "rvq" else {}}
+    how: dict[str, Any] = {"tokens": 200, "context": 100, "settings": SMALL if codec == "rvq-paper" else {}}
     return kvfold.calibrate(model, tiny_tokenizer(), texts, codec, seed, **how, ema=kvfold.Ema(**ema), quiet=True)
 
 
@@ -65,7 +65,7 @@ def crashes(monkeypatch: pytest.MonkeyPatch, number: int, **how: Any) -> None:
 
 def test_codebooks_get_better_on_text_they_have_not_seen() -> None:
     model, spare = tiny_model("llama"), "\n\n".join(builtin_text())[-1500:]
-    before = kvfold.calibrate(model, tiny_tokenizer(), TEXT, "rvq", tokens=200, context=100, settings=SMALL, quiet=True)
+    before = kvfold.calibrate(model, tiny_tokenizer(), TEXT, "rvq-paper", tokens=200, context=100, settings=SMALL, quiet=True)
     after = learned(model, steps=20, batch_tokens=1000, decay=0.9)
     cache = CaptureCache(after.spec, True)
     ids = tiny_tokenizer()(spare, return_tensors="pt")["input_ids"]

@@ -27,7 +27,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     tiny_model("llama").save_pretrained(root / "model")
     tiny_tokenizer().save_pretrained(root / "model")
     (root / "text.txt").write_text("\n\n".join(builtin_text())[:5000])
-    return ["calibrate", str(root / "model"), "--text", str(root / "text.txt"), *_SMALL]
+    return ["calibrate", str(root / "model"), "--codec", "rvq-paper", "--text", str(root / "text.txt"), *_SMALL]
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -94,6 +94,7 @@ def test_a_stopped_run_resumes_bit_for_bit(base: list[str], tmp_path: Path, how:
         (["--ema-steps", "2", "--text", "/nowhere.txt"], "nothing at /nowhere.txt"),
         (["--ema-steps", "2", "--checkpoint", "OUT"], "other than --out"),
         (["--ema-steps", "2", "--codec", "identity"], "residual method"),
+        (["--ema-steps", "2", "--codec", "rvq"], "sharing=layer"),
         (["--ema-steps", "2", "--device", "tpu"], "a device torch can use"),
     ],
 )
@@ -101,7 +102,7 @@ def test_wrong_options_are_told(
     base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
     out = str(tmp_path / "c")
-    given = base[:4] if "identity" in options else base
+    given = base[:6] if "identity" in options else base
     status = main([*given, "--out", out, *(out if option == "OUT" else option for option in options)])
     assert (status, message in (said := capsys.readouterr().err)) == (2, True), said
 

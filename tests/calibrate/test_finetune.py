@@ -14,7 +14,8 @@ import torch
 from tiny import random_ids, tiny_codecs, tiny_model, tiny_tokenizer
 
 import kvfold
-from kvfold.calibrate.finetune import Finetuned, FinetuneSettings, _accumulate, _Divergence, _follow, finetune
+from kvfold.calibrate.divergence import Divergence
+from kvfold.calibrate.finetune import Finetuned, FinetuneSettings, _accumulate, _follow, finetune
 from kvfold.calibrate.text import builtin_text
 from kvfold.calibrate.trainable import Weights, trainable
 from kvfold.cli import main
@@ -36,7 +37,9 @@ def trained(model: Any = None, codecs: kvfold.CodecSet | None = None, text: Any 
     model = tiny_model("llama") if model is None else model
     stop = {"stop": how.pop("stop")} if "stop" in how else {}
     settings = FinetuneSettings(**{**QUICK, **how})
-    return finetune(model, tiny_tokenizer(), codecs or tiny_codecs("llama"), text, settings, seed=seed, quiet=True, **stop)
+    return finetune(
+        model, tiny_tokenizer(), codecs or tiny_codecs("llama", "rvq-paper"), text, settings, seed=seed, quiet=True, **stop
+    )
 
 
 def copied(model: Any) -> dict[str, torch.Tensor]:
@@ -63,7 +66,7 @@ def changed(model: Any, before: dict[str, torch.Tensor]) -> set[str]:
 def test_the_attention_projections_of_all_layers_change_and_nothing_else(family: str, names: tuple[str, ...]) -> None:
     model = tiny_model(family)
     before = copied(model)
-    result = trained(model, tiny_codecs(family), loss="lm")
+    result = trained(model, tiny_codecs(family, "rvq-paper"), loss="lm")
     assert result.model is model
     got = changed(model, before)
     assert {name for name in got if not name.endswith(("k_proj.bias", "value.bias"))} == {
@@ -83,7 +86,7 @@ def test_kl_brings_the_compressed_model_back_to_the_exact_one() -> None:
                 coded = model(input_ids=ids).logits[0].log_softmax(-1)
         return float(torch.nn.functional.kl_div(coded, exact, log_target=True, reduction="batchmean"))
 
-    model, codecs = tiny_model("llama"), tiny_codecs("llama")
+    model, codecs = tiny_model("llama"), tiny_codecs("llama", "rvq-paper")
     before = divergence(model, codecs)
     result = trained(model, codecs, steps=30, tokens_per_step=100, context=100, lr=1e-2)
     assert divergence(model, result.codecs) < 0.92 * before
@@ -92,7 +95,7 @@ def test_kl_brings_the_compressed_model_back_to_the_exact_one() -> None:
 
 
 def test_lm_lowers_the_perplexity_through_the_cache() -> None:
-    model, codecs = tiny_model("llama"), tiny_codecs("llama")
+    model, codecs = tiny_model("llama"), tiny_codecs("llama", "rvq-paper")
 
     def perplexity(codecs: kvfold.CodecSet) -> float:
         return evaluate(model, tiny_tokenizer(), codecs, HELD_OUT, context=200, windows=4, quiet=True).perplexity
@@ -106,7 +109,7 @@ def test_lm_lowers_the_perplexity_through_the_cache() -> None:
 def test_kl_is_to_the_model_as_it_was() -> None:
     """The teacher's logits stay what they were, bit for bit, while the weights move."""
     model, ids = tiny_model("llama"), random_ids(1, 30)
-    cache = StraightThroughCache(tiny_codecs("llama"))
+    cache = StraightThroughCache(tiny_codecs("llama", "rvq-paper"))
     settings = FinetuneSettings(**QUICK)
     with torch.no_grad():
         want = model(input_ids=ids, use_cache=False).logits
@@ -118,7 +121,7 @@ def test_kl_is_to_the_model_as_it_was() -> None:
             torch.testing.assert_close(weights.original_model(input_ids=ids, use_cache=False).logits, want, rtol=0, atol=0)
     with torch.no_grad():
         assert not torch.equal(model(input_ids=ids, use_cache=False).logits, want)
-        with kvfold.attach(untouched := tiny_model("llama"), tiny_codecs("llama"), sinks=0, window=0, block=1):
+        with kvfold.attach(untouched := tiny_model("llama"), tiny_codecs("llama", "rvq-paper"), sinks=0, window=0, block=1):
             coded = untouched(input_ids=ids).logits[0].log_softmax(-1)
     divergence = torch.nn.functional.kl_div(coded, want[0].log_softmax(-1), log_target=True, reduction="batchmean")
     assert losses[0] == pytest.approx(float(divergence), rel=1e-3)
@@ -127,7 +130,7 @@ def test_kl_is_to_the_model_as_it_was() -> None:
 def test_the_divergence_and_its_gradient_are_torchs() -> None:
     coded, exact = torch.randn(150, 97, requires_grad=True), torch.randn(150, 97)
     again = coded.detach().clone().requires_grad_()
-    loss = _Divergence.apply(coded, exact)
+    loss = Divergence.apply(coded, exact)
     want = torch.nn.functional.kl_div(again.log_softmax(-1), exact.log_softmax(-1), log_target=True, reduction="batchmean")
     torch.testing.assert_close(loss, want)
     (3 * loss).backward()
@@ -137,7 +140,7 @@ def test_the_divergence_and_its_gradient_are_torchs() -> None:
 
 def test_gradients_of_a_steps_sequences_are_averaged() -> None:
     model, rows = tiny_model("llama"), random_ids(2, 40)
-    cache = StraightThroughCache(tiny_codecs("llama"))
+    cache = StraightThroughCache(tiny_codecs("llama", "rvq-paper"))
 
     def gradient(ids: list[torch.Tensor]) -> torch.Tensor:
         settings = FinetuneSettings(context=40, tokens_per_step=40 * len(ids))
@@ -212,7 +215,7 @@ def test_the_same_seed_gives_the_same_weights_and_codebooks(train: str, tmp_path
 
 
 def test_codebooks_follow_unless_they_are_frozen() -> None:
-    codecs = tiny_codecs("llama")
+    codecs = tiny_codecs("llama", "rvq-paper")
     fingerprint = codecs.fingerprint()
     moved, frozen = trained(), trained(ema=False)
     assert moved.codecs.fingerprint() != fingerprint
@@ -224,7 +227,7 @@ def test_codebooks_follow_unless_they_are_frozen() -> None:
 
 def test_codebooks_start_with_the_weight_of_a_steps_mean_count() -> None:
     """Codewords chosen 10 times each, by vectors off by 0.5: a step of decay 0.99 moves them by 0.005, not by 0.045."""
-    side = CodedSide(tiny_codecs("llama").keys[0])
+    side = CodedSide(tiny_codecs("llama", "rvq-paper").keys[0])
     old = side.codec.codebooks.float()
     books = EmaBooks(old, decay=0.99)
     side.counts = torch.full(old.shape[:2], 10.0)
@@ -263,7 +266,7 @@ def test_checkpointing_changes_nothing_but_memory() -> None:
 
 
 def test_one_side_alone_may_be_compressed() -> None:
-    result = trained(codecs=tiny_codecs("llama").only("key"))
+    result = trained(codecs=tiny_codecs("llama", "rvq-paper").only("key"))
     assert all(isinstance(codec, IdentityCodec) for codec in result.codecs.values)
     assert result.curve[-1]["value_distortion"] == 0 < result.curve[-1]["key_distortion"]
 
@@ -370,7 +373,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("finetune")
     tiny_model("llama").save_pretrained(root / "model")
     tiny_tokenizer().save_pretrained(root / "model")
-    tiny_codecs("llama").save(root / "codec")
+    tiny_codecs("llama", "rvq-paper").save(root / "codec")
     (root / "text.txt").write_text(TEXT)
     return root
 

@@ -202,11 +202,11 @@ def test_the_fingerprint_does_not_change_with_the_search_or_the_notes(codecs: Co
 
 
 def test_with_beam_changes_the_search_of_every_codec(codecs: CodecSet) -> None:
-    wide = codecs.with_beam(4)
-    assert wide.settings == {**codecs.settings, "beam": 4}
-    assert [None if c is None else c.settings()["beam"] for c in (*wide.keys, *wide.values)] == [4, None, 4, 4, None, 4]
-    assert wide.keys[0].distortion(samples()) < codecs.keys[0].distortion(samples())
-    assert codecs.settings["beam"] == 1
+    wide = codecs.with_beam(16)
+    assert wide.settings == {**codecs.settings, "beam": 16}
+    assert [None if c is None else c.settings()["beam"] for c in (*wide.keys, *wide.values)] == [16, None, 16, 16, None, 16]
+    assert wide.keys[0].distortion(samples()) < codecs.with_beam(1).keys[0].distortion(samples())
+    assert codecs.settings["beam"] == 4
 
 
 @pytest.mark.parametrize(("name", "beam"), [("rvq", 0), ("rvq", -1), ("identity", 2)])
@@ -218,4 +218,4 @@ def test_a_beam_that_cannot_be_is_refused(name: str, beam: int) -> None:
 def test_bits_and_bytes_are_told_over_the_coded_layers(codecs: CodecSet) -> None:
     sizes = [codec.encode(torch.randn(1, HEADS, 1, DIM)).nbytes for codec in (*codecs.keys, *codecs.values) if codec]
     assert codecs.bits_per_element == 8 * sum(sizes) / (4 * HEADS * DIM)
-    assert codecs.codebook_bytes == 4 * 3 * 12 * 8 * 2
+    assert codecs.codebook_bytes == 2 * (3 + 4) * HEADS * 12 * 8

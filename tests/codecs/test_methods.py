@@ -26,7 +26,8 @@ def test_every_method_builds_codecs_that_can_be_restored(name: str) -> None:
     [
         ("rvq-paper", "key", 128, 2.875),
         ("rvq-paper", "value", 64, 3.0),
-        ("rvq", "key", 64, 2.25),
+        ("rvq", "key", 64, 2.125),
+        ("rvq", "value", 64, 2.375),
         ("identity", "key", 64, 32.0),
     ],
 )
@@ -43,31 +44,47 @@ def test_sides_and_rope_follow_the_settings() -> None:
 
 
 @given(
+    name=st.sampled_from(["rvq", "rvq-paper"]),
     bits=st.floats(0.3, 12),
     dim=st.sampled_from([16, 64, 80, 128]),
     group=st.sampled_from([1, 2, 8, 16]),
     size=st.sampled_from([2, 3, 256, 2048, 65536]),
 )
-def test_bits_choose_the_most_stages_that_fit(bits: float, dim: int, group: int, size: int) -> None:
+def test_bits_choose_the_most_stages_that_fit(name: str, bits: float, dim: int, group: int, size: int) -> None:
     changes = {"group": group, "codebook_size": size}
 
-    def cost(stages: int) -> float:
-        return build_codec("rvq", "key", dim, resolve_settings("rvq", {**changes, "stages": stages}, dim)).bits_per_element
+    def cost(stages: int, extra: int) -> float:
+        settings = resolve_settings(name, {**changes, "stages": stages, "extra_value_stages": extra}, dim)
+        return sum(build_codec(name, side, dim, settings).bits_per_element for side in ("key", "value")) / 2
 
-    if cost(1) > bits:
+    odd = name == "rvq"
+    if cost(1, 0) > bits:
         with pytest.raises(InputError, match="bits of at least"):
-            resolve_settings("rvq", {**changes, "bits": bits}, dim)
+            resolve_settings(name, {**changes, "bits": bits}, dim)
     else:
-        stages = resolve_settings("rvq", {**changes, "bits": bits}, dim)["stages"]
-        assert cost(stages) <= bits + 1e-9
-        assert cost(stages + 1) > bits
+        chosen = resolve_settings(name, {**changes, "bits": bits}, dim)
+        stages, extra = chosen["stages"], chosen["extra_value_stages"]
+        assert extra in (0, odd)
+        assert cost(stages, extra) <= bits + 1e-9
+        assert cost(stages, 1) > bits if odd and not extra else cost(stages + 1, 0) > bits
 
 
 @pytest.mark.parametrize(
-    ("bits", "dim", "stages"), [("2.25", 64, 8), ("3.0", 64, 11), (1.25, 64, 4), (2.125, 128, 8), (3, 64, 11)]
+    ("name", "bits", "dim", "stages", "extra"),
+    [
+        ("rvq", "1.25", 64, 4, 1),
+        ("rvq", 1.75, 64, 6, 1),
+        ("rvq", "2.25", 64, 8, 1),
+        ("rvq", 3, 64, 11, 1),
+        ("rvq", 4.0, 64, 15, 1),
+        ("rvq", 2.125, 128, 8, 0),
+        ("rvq-paper", 3.0, 64, 8, 0),
+        ("rvq-paper", 2.875, 128, 8, 0),
+    ],
 )
-def test_bits_of_the_table(bits: str | float, dim: int, stages: int) -> None:
-    assert resolve_settings("rvq", {"bits": bits}, dim)["stages"] == stages
+def test_bits_of_the_table(name: str, bits: str | float, dim: int, stages: int, extra: int) -> None:
+    settings = resolve_settings(name, {"bits": bits}, dim)
+    assert (settings["stages"], settings["extra_value_stages"]) == (stages, extra)
 
 
 BAD = {
@@ -80,7 +97,7 @@ BAD = {
     "nothing for a number": ("rvq", {"stages": None}),
     "a wrong choice": ("rvq", {"rope": "during"}),
     "another wrong choice": ("rvq", {"value_groups": "Strided"}),
-    "too few bits": ("rvq", {"bits": 0.4}),
+    "too few bits": ("rvq", {"bits": 0.3}),
     "bits that are no number": ("rvq", {"bits": "nan"}),
     "bits without end": ("rvq", {"bits": "inf"}),
     "text for bits": ("rvq", {"bits": "few"}),

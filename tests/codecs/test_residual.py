@@ -51,10 +51,10 @@ def test_eleven_bit_codes_of_a_head_of_128_channels_take_44_bytes() -> None:
 
 
 def test_keys_take_strided_channels_and_values_contiguous_ones() -> None:
-    assert torch.equal(fitted("rvq", "key").channels, torch.tensor([list(range(p, DIM, 2)) for p in range(2)]))
-    assert torch.equal(fitted("rvq", "value").channels, torch.tensor([list(range(8)), list(range(8, 16))]))
-    swapped = fit("rvq", "key", key_groups="contiguous")
-    assert torch.equal(swapped.channels, fitted("rvq", "value").channels)
+    assert torch.equal(fitted("rvq-paper", "key").channels, torch.tensor([list(range(p, DIM, 2)) for p in range(2)]))
+    assert torch.equal(fitted("rvq-paper", "value").channels, torch.tensor([list(range(8)), list(range(8, 16))]))
+    swapped = fit("rvq-paper", "key", key_groups="contiguous")
+    assert torch.equal(swapped.channels, fitted("rvq-paper", "value").channels)
 
 
 @pytest.mark.parametrize("grouping", ["strided", "contiguous"])
@@ -79,7 +79,7 @@ def test_codes_lie_stage_by_stage() -> None:
 
 def test_the_scale_is_the_standard_deviation_with_n_minus_1() -> None:
     x = samples()[None]
-    scale = fitted("rvq").encode(x).fields["scale"]
+    scale = fitted("rvq-paper").encode(x).fields["scale"]
     mean = x.double().mean(-1, keepdim=True)
     right = ((x - mean).square().sum(-1, keepdim=True) / (DIM - 1)).sqrt()
     assert torch.allclose(scale.double(), right, rtol=2**-11 + 1e-6)
@@ -89,7 +89,7 @@ def test_the_scale_is_the_standard_deviation_with_n_minus_1() -> None:
 @pytest.mark.parametrize("factor", [0.25, 4.0, 64.0])
 @pytest.mark.parametrize("beam", [1, 4])
 def test_scaling_a_vector_changes_its_scale_and_no_code(factor: float, beam: int) -> None:
-    codec, x = fitted("rvq").with_beam(beam), samples()[None]
+    codec, x = fitted("rvq-paper").with_beam(beam), samples()[None]
     plain, scaled = codec.encode(x), codec.encode(x * factor)
     assert torch.equal(scaled.fields["codes"], plain.fields["codes"])
     assert torch.equal(scaled.fields["scale"], plain.fields["scale"] * factor)
@@ -98,16 +98,16 @@ def test_scaling_a_vector_changes_its_scale_and_no_code(factor: float, beam: int
 def test_zeros_decode_to_exactly_zero() -> None:
     x = samples(5)[None]
     x[0, 1, 2] = 0
-    decoded = fitted("rvq").decode(fitted("rvq").encode(x))
+    decoded = fitted("rvq-paper").decode(fitted("rvq-paper").encode(x))
     assert not decoded[0, 1, 2].any()
     assert decoded[0, 1, 1].any()
-    assert not fitted("rvq").decode(fitted("rvq").encode(torch.zeros_like(x))).any()
+    assert not fitted("rvq-paper").decode(fitted("rvq-paper").encode(torch.zeros_like(x))).any()
 
 
 @pytest.mark.parametrize("side", ["key", "value"])
 @pytest.mark.parametrize("value", [1e-8, -3e-5, 0.1, 7.3, -100.1, 1e6, 1e30])
 def test_constant_vectors_survive(side: str, value: float) -> None:
-    codec = fitted("rvq", side)
+    codec = fitted("rvq-paper", side)
     x = torch.full((1, HEADS, 1, DIM), value)
     for noise in (0, 1e-7, 1e-5):
         codes = codec.encode(x * (1 + noise * torch.randn_like(x)))
@@ -122,15 +122,15 @@ def test_constant_vectors_among_the_samples_do_not_spoil_the_fit(value: float) -
     x = samples()
     x[:, ::10] = value
     x[0, 5] = value + value * 1e-6 * torch.randn(DIM)
-    codec = fit("rvq", x=x)
+    codec = fit("rvq-paper", x=x)
     assert bool(codec.codebooks.isfinite().all())
-    assert codec.distortion(samples()) < 2 * fitted("rvq").distortion(samples())
+    assert codec.distortion(samples()) < 2 * fitted("rvq-paper").distortion(samples())
 
 
 @pytest.mark.parametrize("factor", [1e6, 1e30, 1e-8, 1e-30])
 @pytest.mark.parametrize("beam", [1, 3])
 def test_huge_and_tiny_vectors_stay_finite_and_keep_their_size_at_most(factor: float, beam: int) -> None:
-    codec, x = fitted("rvq").with_beam(beam), samples()[None] * factor
+    codec, x = fitted("rvq-paper").with_beam(beam), samples()[None] * factor
     decoded = codec.decode(codec.encode(x))
     assert bool(decoded.isfinite().all())
     assert float(decoded.abs().max()) <= 3 * float(x.abs().max())
@@ -138,14 +138,14 @@ def test_huge_and_tiny_vectors_stay_finite_and_keep_their_size_at_most(factor: f
 
 @pytest.mark.parametrize("side", ["key", "value"])
 def test_more_stages_never_fit_the_samples_worse(side: str) -> None:
-    codec = fit("rvq", side, stages=8)
+    codec = fit("rvq-paper", side, stages=8)
     errors = [first_stages(codec, stages).distortion(samples()) for stages in range(1, 9)]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.6 * errors[0]
 
 
 def test_greedy_codes_of_fewer_stages_are_the_first_codes_of_more() -> None:
-    codec, x = fit("rvq", stages=5), samples()[None]
+    codec, x = fit("rvq-paper", stages=5), samples()[None]
     whole = codec.indices(codec.encode(x))
     for stages in range(1, 5):
         fewer = first_stages(codec, stages)
@@ -153,28 +153,28 @@ def test_greedy_codes_of_fewer_stages_are_the_first_codes_of_more() -> None:
 
 
 def test_one_quantizer_is_shared_by_heads_and_groups() -> None:
-    codec = fitted("rvq")
+    codec = fitted("rvq-paper")
     assert codec.codebooks.shape == (3, 12, 8)
     assert torch.equal(codec.book, torch.arange(3)[:, None, None].expand(3, HEADS, 2))
 
 
 def test_another_seed_fits_other_bytes() -> None:
-    assert not torch.equal(fit("rvq", seed=1).codebooks, fit("rvq", seed=2).codebooks)
+    assert not torch.equal(fit("rvq-paper", seed=1).codebooks, fit("rvq-paper", seed=2).codebooks)
 
 
 def test_k_means_sees_at_most_max_vectors() -> None:
-    few = fit("rvq", max_vectors=12, iterations=1)
+    few = fit("rvq-paper", max_vectors=12, iterations=1)
     assert few.codebooks.shape == (3, 12, 8)
     x = samples()
     rows = (x / x.std(-1, keepdim=True).half().float())[..., few.channels].reshape(-1, 8)
     nearest = torch.cdist(few.codebooks[0].float(), rows).amin(1)
     assert float(nearest.max()) < 0.01  # as many codewords as vectors: each is one of them
-    fit("rvq", max_vectors=10**9)
+    fit("rvq-paper", max_vectors=10**9)
 
 
 @pytest.mark.parametrize(("size", "group", "dtype"), [(2, 8, torch.uint8), (4096, 1, torch.uint8)])
 def test_small_and_large_codebooks_fit(size: int, group: int, dtype: torch.dtype) -> None:
-    codec = fit("rvq", x=samples(), codebook_size=size, group=group, stages=2, iterations=1)
+    codec = fit("rvq-paper", x=samples(), codebook_size=size, group=group, stages=2, iterations=1)
     codes = codec.encode(samples()[None])
     assert codec.codebooks.shape == (2, size, group)
     assert codes.fields["codes"].dtype == dtype
@@ -192,14 +192,14 @@ def test_a_codebook_of_65536_takes_16_bits_a_code() -> None:
 
 def test_few_distinct_points_are_fitted_without_error() -> None:
     points = samples(6)
-    codec = fit("rvq", x=points.repeat(1, 50, 1), codebook_size=24, iterations=10)
+    codec = fit("rvq-paper", x=points.repeat(1, 50, 1), codebook_size=24, iterations=10)
     assert bool(codec.codebooks.isfinite().all())
     assert codec.distortion(points) < 1e-5
 
 
 def test_too_few_samples_are_refused() -> None:
     with pytest.raises(InputError, match=r"at least 64 sample vectors.*got 20"):
-        fit("rvq", x=samples(5), codebook_size=64)
+        fit("rvq-paper", x=samples(5), codebook_size=64)
 
 
 def test_an_unfitted_codec_says_so() -> None:
@@ -210,7 +210,7 @@ def test_an_unfitted_codec_says_so() -> None:
 
 @pytest.mark.parametrize("heads", [1, 3])
 def test_other_kv_heads_are_refused(heads: int) -> None:
-    codec = fitted("rvq")
+    codec = fitted("rvq-paper")
     with pytest.raises(InputError, match=f"{HEADS} KV heads; got {heads}"):
         codec.encode(torch.randn(1, heads, 3, DIM))
 
@@ -270,16 +270,114 @@ def _damaged(tensors: dict[str, Tensor], how: str) -> dict[str, Tensor]:
     ],
 )
 def test_tensors_that_do_not_fit_the_settings_are_refused(how: str) -> None:
-    codec = fitted("rvq")
+    codec = fitted("rvq-paper")
     with pytest.raises(InputError, match="damaged"):
         ResidualCodec.restore(DIM, codec.settings(), _damaged(codec.tensors(), how))
 
 
 def test_with_beam_keeps_the_codebooks_and_leaves_the_codec_alone() -> None:
-    codec = fitted("rvq")
+    codec = fitted("rvq-paper")
     wide = codec.with_beam(6)
     assert wide.settings() == {**codec.settings(), "beam": 6}
     assert torch.equal(wide.codebooks, codec.codebooks)
     assert codec.settings()["beam"] == 1
     assert wide.distortion(samples()) < codec.distortion(samples())
     assert replace(ResidualSettings(**codec.settings()), beam=6) == ResidualSettings(**wide.settings())
+
+
+def test_heads_may_have_codebooks_of_their_own() -> None:
+    codec = fit("rvq-paper", sharing="head", max_vectors=10**9)
+    assert codec.codebooks.shape == (3 * HEADS, 12, 8)
+    assert torch.equal(codec.book[..., 0], torch.arange(3 * HEADS).view(3, HEADS))
+    for head in range(HEADS):  # the first stage, whose samples do not depend on the other head, is what it is alone
+        alone = fit("rvq-paper", x=samples()[head : head + 1].expand(1, -1, -1), max_vectors=10**9, iterations=40)
+        both = fit("rvq-paper", sharing="head", max_vectors=10**9, iterations=40)
+        x = samples()[None]
+        errors = [(c.decode(c.encode(y)) - y).square().mean() for c, y in ((alone, x[:, head : head + 1]), (both, x))]
+        assert float(errors[1]) < 1.5 * float(errors[0])
+    shared, own = (fit("rvq-paper", sharing=how, max_vectors=10**9).distortion(samples()) for how in ("layer", "head"))
+    assert own < shared
+
+
+def test_codewords_in_8_bits_are_half_as_large_and_nearly_as_good() -> None:
+    half, eighth = fit("rvq-paper"), fit("rvq-paper", codebook_dtype="float8")
+    assert eighth.codebook_bytes * 2 == half.codebook_bytes
+    assert eighth.distortion(samples()) < 1.05 * half.distortion(samples())
+    again = ResidualCodec.restore(DIM, eighth.settings(), eighth.tensors())
+    x = samples(seed=3)[None]
+    assert torch.equal(again.encode(x).fields["codes"], eighth.encode(x).fields["codes"])
+    assert torch.isfinite(eighth.with_codebooks(eighth.codebooks.float() * 1e9).codebooks.float()).all()
+
+
+def test_a_scale_of_8_bits_costs_a_byte_less_and_no_accuracy() -> None:
+    long, short = fit("rvq-paper"), fit("rvq-paper", scale_bits=8)
+    codes = short.encode(samples()[None])
+    assert codes.fields["scale"].dtype == torch.uint8
+    assert short.bits_per_element == long.bits_per_element - 8 / DIM
+    assert 8 * codes.nbytes == short.bits_per_element * samples().numel()
+    assert short.distortion(samples()) < 1.1 * long.distortion(samples())
+
+
+def sensitivity(strength: float = 30.0) -> Tensor:
+    """`[G, D, D]`: the loss feels the first channels most, and some of them together."""
+    basis = torch.linalg.qr(torch.randn(DIM, DIM, generator=torch.Generator().manual_seed(5)))[0]
+    return ((basis * torch.logspace(0, -strength / 10, DIM)) @ basis.T).expand(HEADS, -1, -1)
+
+
+def felt(codec: ResidualCodec, within: bool = True) -> float:
+    """Mean of `e' M e`, `M` within groups only."""
+    matrix = torch.zeros(HEADS, DIM, DIM)
+    for channels in codec.channels:
+        rows = channels[:, None]
+        matrix[:, rows, channels] = sensitivity()[:, rows, channels]
+    error = codec.decode(codec.encode(samples()[None])) - samples()[None]
+    return float(torch.einsum("bgti,gij,bgtj->bgt", error, matrix, error).mean())
+
+
+@pytest.mark.parametrize("grouping", ["strided", "contiguous"])
+@pytest.mark.parametrize("sharing", ["layer", "head"])
+def test_a_weighted_search_lowers_the_error_that_is_felt(grouping: str, sharing: str) -> None:
+    def made(power: float) -> ResidualCodec:
+        settings = ResidualSettings(
+            group=8, codebook_size=12, stages=4, beam=4, grouping=grouping, sharing=sharing, weight_power=power
+        )
+        codec = ResidualCodec(DIM, settings)
+        codec.fit(samples(), torch.Generator().manual_seed(0), sensitivity=sensitivity())
+        return codec
+
+    plain, weighted = made(0.0), made(1.0)
+    assert plain.weights is None
+    assert weighted.weights is not None
+    assert weighted.weights.shape == (HEADS, 2, 8, 8)
+    assert felt(weighted) < 0.7 * felt(plain)
+    again = ResidualCodec.restore(DIM, weighted.settings(), weighted.tensors())
+    x = samples(seed=4)[None]
+    assert torch.equal(again.encode(x).fields["codes"], weighted.encode(x).fields["codes"])
+    with pytest.raises(InputError, match="weights"):
+        ResidualCodec.restore(DIM, weighted.settings(), {**weighted.tensors(), "weights": weighted.weights[:, :1]})
+
+
+def test_weights_of_one_size_change_nothing() -> None:
+    even = torch.eye(DIM).expand(HEADS, -1, -1) * 7.0
+    codec = ResidualCodec(DIM, ResidualSettings(group=8, codebook_size=12, stages=3, weight_power=0.5))
+    plain = ResidualCodec(DIM, ResidualSettings(group=8, codebook_size=12, stages=3))
+    codec.fit(samples(), torch.Generator().manual_seed(0), sensitivity=even)
+    plain.fit(samples(), torch.Generator().manual_seed(0))
+    assert abs(codec.distortion(samples()) / plain.distortion(samples()) - 1) < 0.1
+
+
+def test_codebooks_that_are_trained_take_gradients_and_are_searched_as_they_are() -> None:
+    codec = ResidualCodec(DIM, ResidualSettings(group=8, codebook_size=12, stages=3, weight_power=0.5))
+    codec.fit(samples(), torch.Generator().manual_seed(0), sensitivity=sensitivity())
+    live, x = codec.trainable(), samples(40)[None]
+    with torch.no_grad():
+        codes = live.encode(x)
+    assert torch.equal(codes.fields["codes"], codec.encode(x).fields["codes"])
+    live.decode(codes).square().sum().backward()
+    assert live.codebooks.grad is not None
+    chosen = codec.indices(codes).transpose(-1, -2).unique()
+    assert float(live.codebooks.grad.abs().sum()) > 0
+    assert len(chosen) > 1
+    with torch.no_grad():
+        live.codebooks.mul_(0.5)  # in place, as an optimizer does
+        assert not torch.equal(live.encode(x).fields["codes"], codes.fields["codes"])

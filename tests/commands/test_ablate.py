@@ -11,7 +11,7 @@ from command_world import SMALL, Ran, World, refused
 
 
 def test_ablate_writes_rows_table_and_picture(run: Callable[..., Ran], world: World, tmp_path: Path) -> None:
-    sizes = ["--tokens", "400", "--context", "64", "--windows", "2", "--codec", "rvq", *SMALL]
+    sizes = ["--tokens", "400", "--context", "64", "--windows", "2", "--codec", "rvq-paper", *SMALL]
     texts = ["--text", world.text, "--calibration-text", world.text]
     plot, kept = tmp_path / "target.png", tmp_path / "rows.json"
     ran = run("ablate", "target", world.model, *texts, *sizes, "--json", str(kept), "--plot", str(plot))

@@ -48,5 +48,5 @@ def test_eval_defaults_to_the_papers_protocol(run: Callable[..., Ran], world: Wo
 def test_eval_with_another_beam(run: Callable[..., Ran], world: World) -> None:
     given = ["eval", world.model, "--codec", world.codec, "--text", world.text, "--context", "100", "--json", "-"]
     greedy, wide = run(*given).json, run(*given, "--set", "beam=8").json
-    assert (greedy["settings"]["beam"], wide["settings"]["beam"]) == (1, 8)
+    assert (greedy["settings"]["beam"], wide["settings"]["beam"]) == (4, 8)
     assert greedy["kl_mean"] != wide["kl_mean"]

@@ -22,7 +22,7 @@ def test_inspect_prints_a_row_a_layer_and_draws(run: Callable[..., Ran], world: 
     assert "group=8" in ran.out
     for layer, (key, value) in enumerate(codecs.info["distortion"]):
         row = next(line.split() for line in ran.out.splitlines() if line.split()[:1] == [str(layer)])
-        assert row[1:] == ["2", "2", f"{key:.4g}", f"{value:.4g}"]
+        assert row[1:] == ["1.5", "2", f"{key:.4g}", f"{value:.4g}"]
 
 
 def test_inspect_json_has_everything_and_nothing_else_is_printed(run: Callable[..., Ran], world: World) -> None:
@@ -51,14 +51,14 @@ def test_inspect_shows_layers_that_stay_exact(run: Callable[..., Ran], world: Wo
     codec = str(tmp_path / "codec")
     assert run("calibrate", model, "--out", codec, "--text", world.text, "--tokens", "300", *SMALL).status == 0
     rows = run("inspect", codec, "--json", "-").json["layers"]
-    assert [row["key_bits"] for row in rows] == [None, 2.0, 2.0]
+    assert [row["key_bits"] for row in rows] == [None, 1.5, 1.5]
     assert "exact" in run("inspect", codec).out
 
 
 def test_codecs_lists_every_method_with_its_bits(run: Callable[..., Ran]) -> None:
     ran = run("codecs")
     rows = {line.split()[0]: line for line in ran.out.splitlines()[1:]}
-    assert rows["rvq"].split()[1:3] == ["2.250", "2.125"]
+    assert rows["rvq"].split()[1:3] == ["2.250", "2.188"]
     assert rows["rvq-paper"].split()[1:3] == ["3.000", "2.875"]
     assert "arXiv 2410.15704" in rows["rvq-paper"]
     assert rows["identity"].split()[1:3] == ["32.000", "32.000"]

@@ -20,29 +20,29 @@ SMALL = {"group": 4, "stages": 8, "iterations": 2, "codebook_size": 16}
 
 def run(what: str, **how) -> list:
     texts = builtin_text()
-    sizes = {"tokens": 3000, "context": 64, "windows": 2, "quiet": True, "codec": "rvq", "settings": SMALL, **how}
+    sizes = {"tokens": 3000, "context": 64, "windows": 2, "quiet": True, "codec": "rvq-paper", "settings": SMALL, **how}
     return ablate(tiny_model("llama"), tiny_tokenizer(), what, texts[:40], texts[-1], **sizes)
 
 
 def test_fewer_stages_are_a_prefix_of_the_codes() -> None:
-    whole, x = fit("rvq"), samples(seed=5)[None]
+    whole, x = fit("rvq-paper"), samples(seed=5)[None]
     first = whole.with_stages(2)
     torch.testing.assert_close(first.indices(first.encode(x)), whole.indices(whole.encode(x))[..., :2, :], rtol=0, atol=0)
     assert first.codebook_bytes == whole.codebook_bytes * 2 // 3
-    assert codec_set().with_stages(2).bits_per_element < codec_set().bits_per_element
+    assert codec_set("rvq-paper").with_stages(2).bits_per_element < codec_set("rvq-paper").bits_per_element
 
 
 @pytest.mark.parametrize("stages", [0, 4])
 def test_stages_out_of_range_are_told(stages: int) -> None:
     with pytest.raises(kvfold.InputError, match="1 to 3 stages"):
-        codec_set().with_stages(stages)
+        codec_set("rvq-paper").with_stages(stages)
     with pytest.raises(kvfold.InputError, match="residual"):
         codec_set("identity").with_stages(1)
 
 
 @pytest.mark.parametrize("side", ["key", "value"])
 def test_one_side_alone_leaves_the_other_exact(side: str) -> None:
-    whole = codec_set()
+    whole = codec_set("rvq-paper")
     alone = whole.only(side)
     kept, other = (alone.keys, alone.values) if side == "key" else (alone.values, alone.keys)
     assert kept == (whole.keys if side == "key" else whole.values)
@@ -69,7 +69,14 @@ def test_finetuning_rows_start_from_the_models_own_weights_and_leave_them() -> N
     model = tiny_model("llama")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     texts = builtin_text()
-    sizes = {"tokens": 3000, "context": 64, "windows": 2, "quiet": True, "codec": "rvq", "settings": {**SMALL, "stages": 2}}
+    sizes = {
+        "tokens": 3000,
+        "context": 64,
+        "windows": 2,
+        "quiet": True,
+        "codec": "rvq-paper",
+        "settings": {**SMALL, "stages": 2},
+    }
     settings = FinetuneSettings(steps=3, context=64, tokens_per_step=64, lr=1e-2)
     rows = ablate(model, tiny_tokenizer(), "finetune", texts[:40], texts[-1], finetuning=settings, **sizes)
     exact = [row.evaluation.perplexity_exact for row in rows]

@@ -114,7 +114,7 @@ def test_longrope_keys_keep_the_frequencies_they_were_rotated_with() -> None:
     with torch.no_grad():
         for attached in (False, True):
             if attached:
-                with kvfold.attach(model, tiny_codecs("phi3-longrope", "rvq", stages=6, codebook_size=64), **SIZES) as on:
+                with kvfold.attach(model, tiny_codecs("phi3-longrope", "rvq-paper", stages=6, codebook_size=64), **SIZES) as on:
                     cache = on.new_cache()
                     model(input_ids=ids[:, :40], **given(model, cache))
                     model(input_ids=ids[:, 40:60], **given(model, cache))

@@ -27,7 +27,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def calibrated(model: torch.nn.Module, ema: kvfold.Ema | None = None) -> str:
     text = "Some words to calibrate on. " * 30
-    made = kvfold.calibrate(model, tiny_tokenizer(), text, context=100, settings=_SMALL, ema=ema, quiet=True)
+    method, settings = ("rvq-paper", _SMALL) if ema else ("rvq", {**_SMALL, "distill_steps": 2})
+    made = kvfold.calibrate(model, tiny_tokenizer(), text, method, context=100, settings=settings, ema=ema, quiet=True)
     return made.fingerprint()
 
 

@@ -43,7 +43,7 @@ def gradient(model: Any, cache: StraightThroughCache | None, ids: torch.Tensor) 
 
 
 def layer_of(pre_rope: str, commitment: bool = False) -> tuple[StraightThroughCache, StraightThroughLayer]:
-    cache = StraightThroughCache(tiny_codecs("llama-yarn", rope=pre_rope), commitment)
+    cache = StraightThroughCache(tiny_codecs("llama-yarn", "rvq-paper", rope=pre_rope), commitment)
     cache.begin(torch.arange(5, 17)[None], 1)
     layer = cache.layers[1]
     assert isinstance(layer, StraightThroughLayer)
@@ -93,7 +93,11 @@ def test_a_layer_returns_decoded_vectors_and_passes_gradients_on_unchanged(rope:
     cache, layer = layer_of(rope)
     keys, values = states()
     seen = layer.update(keys, values)
-    spec, key_codec, value_codec = tiny_codecs("llama-yarn").spec.rope(1), layer.sides[0].codec, layer.sides[1].codec
+    spec, key_codec, value_codec = (
+        tiny_codecs("llama-yarn", "rvq-paper").spec.rope(1),
+        layer.sides[0].codec,
+        layer.sides[1].codec,
+    )
     rotation = (cache.current, torch.tensor(spec.inv_freq[0]), spec.factor, spec.interleaved)
     plain = ops.unrotate(keys, *rotation) if rope == "pre" else keys
     decoded = key_codec.decode(key_codec.encode(plain.detach()))
@@ -202,7 +206,7 @@ def test_statistics_of_books_of_ones_own_are_those_of_each_head_alone() -> None:
 @pytest.mark.parametrize("commitment", [False, True])
 def test_checkpointing_changes_neither_gradients_nor_statistics(commitment: bool) -> None:
     model, ids = tiny_model("llama"), random_ids(1, 40)
-    plain, again = (StraightThroughCache(tiny_codecs("llama"), commitment) for _ in range(2))
+    plain, again = (StraightThroughCache(tiny_codecs("llama", "rvq-paper"), commitment) for _ in range(2))
     want = gradient(model, plain, ids)
     runs = []
     handle = attention_modules(model)[0].register_forward_hook(lambda *_: runs.append(1))

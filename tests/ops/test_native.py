@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from kvfold import ops
 from kvfold.errors import InputError
 from kvfold.ops import dispatch, native
-from kvfold.packing import pack
+from kvfold.packing import pack, pack_scale
 
 pytestmark = pytest.mark.skipif(not native.available_isas(), reason=native.MISSING)
 RELATIVE_ERROR = 1e-3  # root mean square over root mean square, of every head
@@ -119,6 +119,24 @@ def test_codes_of_any_width_and_depth(rope: str, stages: int, size: int) -> None
     query, key, value = torch.randn(1, 6, 1, 64), coded(1, 2, 700, strided=True, **sizes), coded(1, 2, 700, **sizes)
     (out, _), (right, _) = both(query, key, value, rotation(700, 64) if rope == "pre" else None, None, 0.125)
     assert relative_error(out, right) <= (RELATIVE_ERROR if rope == "pre" else EXACT_ERROR)
+
+
+@pytest.mark.parametrize("queries", [1, 70])
+@pytest.mark.parametrize("rope", ["post", "pre"])
+def test_scales_and_codewords_may_take_a_byte(rope: str, queries: int) -> None:
+    def short(side: ops.Coded, wide: Tensor) -> ops.Coded:
+        stored = pack_scale(wide).transpose(1, 2).contiguous().transpose(1, 2)  # scales of a token do not lie side by side
+        return side._replace(scale=stored, codebooks=side.codebooks.to(torch.float8_e4m3fn))
+
+    tokens, wide = 300, (torch.randn(1, 2, 300, 1) * 0.3).exp()
+    wide[0, 0, 3] = 0
+    key, value = (short(coded(1, 2, tokens, 64, strided=strided, own="heads"), wide) for strided in (True, False))
+    turned = rotation(tokens, 64) if rope == "pre" else None
+    (out, lse), (right, right_lse) = both(torch.randn(1, 6, queries, 64), key, value, turned, None, 0.125)
+    assert relative_error(out, right) <= (RELATIVE_ERROR if rope == "pre" else EXACT_ERROR)
+    assert float((lse - right_lse).abs().max()) <= 1e-2
+    with pytest.raises((ValueError, TypeError), match="scale"):
+        ops.attend(torch.randn(1, 6, 1, 64), key._replace(scale=key.scale[:, :1]), value, turned, None, 0.125, backend="cpu")
 
 
 @pytest.mark.parametrize("own", ["heads", "groups"])

@@ -1,9 +1,10 @@
 """Fitting the codecs of a model: keys and values of sample text, gathered at the cache's own seam, then k-means; with
-`ema`, codebooks then learn on from a stream of text (`ema.py`).
+`ema`, codebooks then learn on from a stream of text (`ema.py`). Methods that ask for it are told which errors the loss feels
+(`integration/sensitivity.py`), and codebooks with `distill_steps` are trained end to end (`distill.py`).
 
-Cost: one forward pass over the text, and for residual VQ about `2 * stages * iterations * max_vectors * codebook_size *
-group` multiply-adds a layer and side. Memory: the model, `sample_tokens` tokens of K and V in float32, one layer's
-k-means. The same seed on the same machine gives the same bytes.
+Cost: one forward pass over (at most `READ_TOKENS` of) the text, and for residual VQ about `2 * stages * iterations *
+max_vectors * codebook_size * group` multiply-adds a layer and side; see there for sensitivity and training. Memory: the model,
+`SAMPLE_TOKENS` tokens of K and V in float32, one layer's k-means. The same seed on the same machine gives the same bytes.
 """
 
 from __future__ import annotations
@@ -16,21 +17,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvfold.calibrate.distill import CONTEXT as CONTEXT_OF_A_STEP
+from kvfold.calibrate.distill import distill
 from kvfold.calibrate.ema import Ema, learn
 from kvfold.calibrate.sources import Texts, sources_of
 from kvfold.calibrate.stream import first_windows
 from kvfold.calibrate.text import builtin_text, own_samples
-from kvfold.codecs import Codec, build_codec, resolve_settings
+from kvfold.codecs import Codec, Side, build_codec, resolve_settings
 from kvfold.codecs.artifact import CodecSet
 from kvfold.config import ModelSpec
 from kvfold.errors import InputError
 from kvfold.integration.capture import CaptureCache, capturing
+from kvfold.integration.sensitivity import sensitivities
 from kvfold.integration.spec import model_spec
 from kvfold.progress import Progress
 
-TOKENS = 32768
+TOKENS = 131072
 CONTEXT = 2048
-SAMPLE_TOKENS = 16384
+READ_TOKENS = 32768  # whose keys and values are looked at
+SAMPLE_TOKENS = 16384  # whose keys and values are kept
+SENSITIVITY_TOKENS = 8192
+_SENSITIVITY_CONTEXT = 1024
 
 
 def calibrate(
@@ -67,6 +74,8 @@ def calibrate(
     """
     spec = model_spec(model)
     chosen = resolve_settings(codec, settings or {}, spec.head_dim)
+    if ema is not None:  # which moves codewords towards the mean of their vectors, so what serves other ends is left out
+        chosen.update({name: type(chosen[name])(0) for name in ("weight_power", "distill_steps") if name in chosen})
     text = "given" if texts is not None else "own samples" if ema is None else "builtin"
     blank = _blank(spec, codec, chosen, {"seed": seed, "text": text})
 
@@ -98,19 +107,31 @@ def _fit_windows(model: Any, blank: CodecSet, windows: list[Tensor], quiet: bool
     generator = torch.Generator().manual_seed(blank.info["seed"])
     total = sum(len(w) for w in windows)
     coded = [codec for codec in blank.keys if codec is not None]
+    steps = blank.settings.get("distill_steps", 0)
+    read = _spread(windows, READ_TOKENS)
+    felt = [w[:_SENSITIVITY_CONTEXT] for w in _spread(read, 2 * SENSITIVITY_TOKENS)] if coded[0].uses_sensitivity else []
     if not quiet:
-        size = 2 * len(coded) * min(total, SAMPLE_TOKENS) * spec.kv_heads * spec.head_dim * 4
-        print(
-            f"calibrating {method} on {total} tokens: {len(windows)} passes, then {2 * len(coded)} fits; "
-            f"samples take {size / 2**20:.0f} MiB",
-            file=sys.stderr,
-        )
+        seen = sum(map(len, read))
+        size = 2 * len(coded) * min(seen, SAMPLE_TOKENS) * spec.kv_heads * spec.head_dim * 4
+        parts = [f"{len(read)} passes", f"{len(felt)} with gradients" if felt else "", f"{2 * len(coded)} fits"]
+        parts += [f"{steps} steps of {CONTEXT_OF_A_STEP} tokens" if steps else ""]
+        listed = ", then ".join(filter(None, parts))
+        print(f"calibrating {method} on {total} tokens: {listed}; samples take {size / 2**20:.0f} MiB", file=sys.stderr)
     start = time.monotonic()
-    cache = _collect(model, spec, windows, coded[0].pre_rope, generator, quiet)
-    result = _fit(spec, cache, method, blank.settings, generator, quiet)
+    cache = _collect(model, spec, read, coded[0].pre_rope, generator, quiet)
+    moments = sensitivities(model, spec, felt, coded[0].pre_rope, generator, quiet) if felt else None
+    result = _fit(spec, cache, method, blank.settings, moments, generator, quiet)
+    if steps:
+        result = distill(model, result, windows, steps, generator, quiet)
     if not quiet:
         print(f"calibrated in {time.monotonic() - start:.0f} s", file=sys.stderr)
     return replace(result, info={**result.info, **blank.info, "tokens": total})
+
+
+def _spread(windows: list[Tensor], tokens: int) -> list[Tensor]:
+    """Windows at even distances that come to about `tokens` tokens; all of them if they have no more."""
+    count = max(1, round(len(windows) * tokens / sum(map(len, windows))))
+    return windows if count >= len(windows) else [windows[i * len(windows) // count] for i in range(count)]
 
 
 def token_windows(tokenizer: Any, texts: Texts, tokens: int, context: int) -> list[Tensor]:
@@ -153,13 +174,21 @@ def _collect(
 
 
 def _fit(
-    spec: ModelSpec, cache: CaptureCache, method: str, settings: dict[str, Any], generator: torch.Generator, quiet: bool
+    spec: ModelSpec,
+    cache: CaptureCache,
+    method: str,
+    settings: dict[str, Any],
+    moments: list[tuple[Tensor, Tensor]] | None,
+    generator: torch.Generator,
+    quiet: bool,
 ) -> CodecSet:
     keys: list[Codec | None] = []
     values: list[Codec | None] = []
     distortion: list[list[float] | None] = []
     count = 0
-    steps = sum(layer.coded for layer in spec.layers) * 2 * build_codec(method, "key", spec.head_dim, settings).fit_steps
+    sides: tuple[Side, Side] = ("key", "value")
+    each = sum(build_codec(method, side, spec.head_dim, settings).fit_steps for side in sides)
+    steps = sum(layer.coded for layer in spec.layers) * each
     with Progress("fitting codebooks", steps, quiet) as step:
         for index, layer in enumerate(spec.layers):
             samples = cache.samples(index)
@@ -171,8 +200,9 @@ def _fit(
             key = build_codec(method, "key", spec.head_dim, settings)
             value = build_codec(method, "value", spec.head_dim, settings)
             errors = []
-            for codec, sample in ((key, samples[0]), (value, samples[1])):
-                codec.fit(sample, generator, step)
+            felt = moments[index] if moments else (None, None)
+            for codec, sample, moment in zip((key, value), samples, felt, strict=True):
+                codec.fit(sample, generator, step, moment)
                 errors.append(codec.distortion(sample[:, :2048]))
             keys.append(key)
             values.append(value)

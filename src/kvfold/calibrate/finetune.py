@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from kvfold.bench.plot import plot_losses
+from kvfold.calibrate.divergence import Divergence
 from kvfold.calibrate.sources import Texts, sources_of
 from kvfold.calibrate.stream import TextStream
 from kvfold.calibrate.trainable import KINDS, Weights, trainable
@@ -47,7 +48,6 @@ from kvfold.progress import Progress
 
 LOSSES = ("kl", "lm")
 CODEC, CURVE, PLOT = "codec", "finetune.jsonl", "finetune.png"
-_ROWS = 64  # tokens whose distributions are compared at a time
 _SHUFFLE = 64  # sequences that are held to be drawn from
 
 
@@ -217,34 +217,11 @@ def _accumulate(
     if settings.loss == "lm":
         loss = torch.nn.functional.cross_entropy(coded[:-1].float(), ids[1:])
     else:
-        loss = _Divergence.apply(coded, weights.original_model(input_ids=inputs, use_cache=False).logits[0])
+        loss = Divergence.apply(coded, weights.original_model(input_ids=inputs, use_cache=False).logits[0])
     commitment = sum(cache.commitments, loss.new_zeros(())) / max(1, len(cache.commitments))
     ((loss + settings.commitment * commitment) / settings.passes).backward()
     weights.collect()
     return float(loss.detach()), float(commitment.detach())
-
-
-class _Divergence(torch.autograd.Function):
-    """Mean over the rows of logits `[T, V]` of KL(softmax(exact) || softmax(coded)), its gradient made along with it.
-
-    The gradient is `(softmax(coded) - softmax(exact)) / T`. A few rows at a time: float32 copies are never whole.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, coded: Tensor, exact: Tensor) -> Tensor:
-        gradient, total = torch.empty_like(coded), torch.zeros((), device=coded.device)
-        for start in range(0, len(coded), _ROWS):
-            rows = slice(start, start + _ROWS)
-            log_p, log_q = exact[rows].float().log_softmax(-1), coded[rows].float().log_softmax(-1)
-            p = log_p.exp()
-            total += (p * (log_p - log_q)).sum()
-            gradient[rows] = (log_q.exp_() - p) / len(coded)
-        ctx.save_for_backward(gradient)
-        return total / len(coded)
-
-    @staticmethod
-    def backward(ctx: Any, *by: Tensor) -> tuple[Tensor, None]:
-        return ctx.saved_tensors[0] * by[0], None
 
 
 def _follow(side: CodedSide, books: EmaBooks, first: bool) -> None:
@@ -261,9 +238,9 @@ def _follow(side: CodedSide, books: EmaBooks, first: bool) -> None:
         books.sums.mul_(share[:, None, None])
     books.update(side.counts, side.sums)
     codec = side.codec
-    half = books.tables.half()
-    books.tables.copy_(half)  # the passes to come use what is saved
-    side.codec = type(codec).restore(codec.head_dim, codec.settings(), {**codec.tensors(), "codebooks": half})
+    assert isinstance(codec, ResidualCodec)
+    side.codec = codec.with_codebooks(books.tables)
+    books.tables.copy_(side.codec.codebooks)  # the passes to come use what is saved
 
 
 def _means(cache: StraightThroughCache) -> dict[str, float]:

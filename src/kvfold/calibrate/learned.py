@@ -31,6 +31,9 @@ class LearnedSide:
     def __init__(self, name: str, codec: Codec, decay: float, eps: float, reseed: float) -> None:
         if not isinstance(codec, ResidualCodec):
             raise InputError("a residual method for --ema-steps", f"one of kind {codec.kind!r}", "choose rvq or rvq-paper")
+        if codec.settings()["sharing"] != "layer":
+            fix = "choose --codec rvq-paper, or --set sharing=layer"
+            raise InputError("codebooks that heads share, for --ema-steps", f"sharing={codec.settings()['sharing']}", fix)
         shape = [codec.settings()[setting] for setting in ("stages", "codebook_size", "group")]
         self.name, self.codec, self._reseed = name, codec, reseed
         self.books = EmaBooks(torch.zeros(shape), decay, eps)

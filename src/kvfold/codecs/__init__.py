@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from kvfold.codecs.base import Codec, Side
 from kvfold.codecs.identity import IdentityCodec
 from kvfold.codecs.residual import ResidualCodec, ResidualSettings
 from kvfold.errors import InputError
+from kvfold.packing import packed_bytes
 
 KINDS: dict[str, type[Codec]] = {IdentityCodec.kind: IdentityCodec, ResidualCodec.kind: ResidualCodec}
 
@@ -36,34 +37,53 @@ class Method:
 
 
 def _build_residual(side: Side, head_dim: int, settings: dict[str, Any]) -> Codec:
-    shared = {name: settings[name] for name in ("group", "codebook_size", "stages", "beam", "iterations", "max_vectors")}
+    own = {field.name: settings[field.name] for field in fields(ResidualSettings) if field.name in settings}
+    if side == "value":
+        own["stages"] += settings["extra_value_stages"]
     pre_rope = side == "key" and settings["rope"] == "pre"
     grouping = settings[f"{side}_groups"]
-    return ResidualCodec(head_dim, ResidualSettings(**shared, grouping=grouping, pre_rope=pre_rope))
+    return ResidualCodec(head_dim, ResidualSettings(**own, grouping=grouping, pre_rope=pre_rope))
 
 
 def _build_identity(side: Side, head_dim: int, settings: dict[str, Any]) -> Codec:
     return IdentityCodec(head_dim, **settings)
 
 
-_RVQ: dict[str, Any] = {
+_PAPER: dict[str, Any] = {
     "group": 32,
-    "codebook_size": 256,
+    "codebook_size": 2048,
     "stages": 8,
+    "extra_value_stages": 0,
     "beam": 1,
     "rope": "pre",
     "key_groups": "strided",
     "value_groups": "contiguous",
+    "sharing": "layer",
+    "codebook_dtype": "float16",
+    "scale_bits": 16,
+    "weight_power": 0.0,
+    "distill_steps": 0,
     "iterations": 10,
     "max_vectors": 65536,
 }
-_PAPER = "Kumar 2024, arXiv 2410.15704"
+_RVQ: dict[str, Any] = {
+    **_PAPER,
+    "codebook_size": 256,
+    "extra_value_stages": 1,
+    "beam": 4,
+    "sharing": "head",
+    "codebook_dtype": "float8",
+    "scale_bits": 8,
+    "weight_power": 0.5,
+    "distill_steps": 120,
+}
+_SOURCE = "Kumar 2024, arXiv 2410.15704"
 
 METHODS: dict[str, Method] = {
-    "rvq": Method("residual VQ, 8 stages of 256 codewords", _PAPER, _RVQ, _build_residual),
-    "rvq-paper": Method(
-        "residual VQ, 8 stages of 2048 codewords, greedy", _PAPER, {**_RVQ, "codebook_size": 2048}, _build_residual
+    "rvq": Method(
+        "residual VQ, own books per head, weighted search, trained by KL", f"kvfold; {_SOURCE}", _RVQ, _build_residual
     ),
+    "rvq-paper": Method("residual VQ, 8 stages of 2048 codewords, greedy", _SOURCE, _PAPER, _build_residual),
     "identity": Method("no compression, the cache's own yardstick", "kvfold", {"dtype": "float32"}, _build_identity),
 }
 
@@ -71,7 +91,13 @@ _CHOICES = {
     "rope": ("pre", "post"),
     "key_groups": ("strided", "contiguous"),
     "value_groups": ("strided", "contiguous"),
+    "sharing": ("layer", "head"),
+    "codebook_dtype": ("float16", "float8"),
+    "scale_bits": (8, 16),
 }
+
+
+_AT_LEAST_0 = ("extra_value_stages", "distill_steps")
 
 
 def method(name: str) -> Method:
@@ -84,7 +110,8 @@ def method(name: str) -> Method:
 def resolve_settings(name: str, changes: dict[str, Any], head_dim: int) -> dict[str, Any]:
     """Defaults of method `name` with `changes` (values may be strings) applied.
 
-    `bits=X` stands for the number of stages that comes to at most `X` bits per element at this head dim.
+    `bits=X` stands for the stages that come to at most `X` bits per element at this head dim, keys and values together; if
+    their number is odd, values get the one more (where `extra_value_stages` is 0, both have the same).
 
     Raises:
         InputError: unknown setting, or a value of the wrong type or outside its choices.
@@ -99,7 +126,7 @@ def resolve_settings(name: str, changes: dict[str, Any], head_dim: int) -> dict[
             raise InputError(f"a setting of {name} among {known}", repr(key), "correct its name")
         settings[key] = _convert(key, value, type(defaults[key]))
     if bits is not None:
-        settings["stages"] = _stages_for(_convert("bits", bits, float), settings, head_dim)
+        settings.update(_stages_for(_convert("bits", bits, float), settings, head_dim))
     return settings
 
 
@@ -117,18 +144,30 @@ def _convert(key: str, value: Any, to: type) -> Any:
         kind = {int: "a whole number", float: "a number"}.get(to, "text")
         raise InputError(f"{kind} for {key}", repr(value), "correct the value") from None
     if key in _CHOICES and converted not in _CHOICES[key]:
-        raise InputError(f"{key} among {', '.join(_CHOICES[key])}", repr(value), "choose one of these")
+        known = ", ".join(map(str, _CHOICES[key]))
+        raise InputError(f"{key} among {known}", repr(value), "choose one of these")
+    if key in _AT_LEAST_0 and converted < 0:
+        raise InputError(f"{key} of at least 0", repr(value), "raise it")
     return converted
 
 
-def _stages_for(bits: float, settings: dict[str, Any], head_dim: int) -> int:
-    one = ResidualCodec(head_dim, ResidualSettings(group=settings["group"], codebook_size=settings["codebook_size"], stages=1))
-    code_bytes = int((bits * head_dim - 16) / 8 + 1e-9)
-    stages = 8 * code_bytes // (one.bits * one.groups)
-    if stages < 1:
+def _stages_for(bits: float, settings: dict[str, Any], head_dim: int) -> dict[str, int]:
+    one = ResidualCodec(
+        head_dim, ResidualSettings(**{name: settings[name] for name in ("group", "codebook_size", "scale_bits")}, stages=1)
+    )
+
+    def bytes_of(stages: int) -> int:
+        return packed_bytes(stages * one.groups, one.bits) + settings["scale_bits"] // 8
+
+    both = int((2 * bits * head_dim - 2 * settings["scale_bits"]) / (one.bits * one.groups) + 1e-9)
+    if not settings["extra_value_stages"]:
+        both -= both % 2
+    while both >= 2 and 8 * (bytes_of(both // 2) + bytes_of(both - both // 2)) > 2 * bits * head_dim + 1e-9:
+        both -= 1 if settings["extra_value_stages"] else 2
+    if both < 2:
         fix = "raise bits, or set a larger group or smaller codebook_size"
         raise InputError(f"bits of at least {one.bits_per_element:g}", f"{bits:g}", fix)
-    return stages
+    return {"stages": both // 2, "extra_value_stages": both % 2}
 
 
 __all__ = ["KINDS", "METHODS", "Codec", "Method", "Side", "build_codec", "method", "resolve_settings"]

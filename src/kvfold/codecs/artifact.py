@@ -78,7 +78,7 @@ class CodecSet:
             settings = {k: v for k, v in codec.settings().items() if k not in ("beam", "iterations", "max_vectors")}
             total.update(json.dumps([name, codec.kind, settings], sort_keys=True).encode())
             for key, tensor in sorted(codec.tensors().items()):
-                total.update(key.encode() + tensor.contiguous().cpu().numpy().tobytes())
+                total.update(key.encode() + tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes())
         return total.hexdigest()
 
     def to(self, device: torch.device | str) -> CodecSet:
@@ -95,7 +95,7 @@ class CodecSet:
 
     def with_stages(self, stages: int) -> CodecSet:
         """The first `stages` stages of every codec; InputError if there are fewer, or for a method without stages."""
-        return self._changed(lambda codec: codec.with_stages(stages), stages=stages)
+        return self._changed(lambda codec: codec.with_stages(stages), stages=stages, extra_value_stages=0)
 
     def only(self, side: Side) -> CodecSet:
         """This side's codecs; the other side stays uncompressed, in float32."""

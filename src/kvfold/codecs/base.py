@@ -53,12 +53,25 @@ class Codec(ABC):
         """Bits stored per channel of a vector, side information included, codebooks not."""
 
     @abstractmethod
-    def fit(self, x: Tensor, generator: torch.Generator, progress: Callable[[], None] = lambda: None) -> None:
+    def fit(
+        self,
+        x: Tensor,
+        generator: torch.Generator,
+        progress: Callable[[], None] = lambda: None,
+        sensitivity: Tensor | None = None,
+    ) -> None:
         """Learn from samples `x [G, N, D]`; `progress` is called `fit_steps` times.
+
+        `sensitivity [G, D, D]` is the second moment of the loss's gradient by such vectors, given if `uses_sensitivity`.
 
         Raises:
             InputError: too few samples.
         """
+
+    @property
+    def uses_sensitivity(self) -> bool:
+        """Whether `fit` wants to know which errors the loss feels."""
+        return False
 
     @property
     def fit_steps(self) -> int:

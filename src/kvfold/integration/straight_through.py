@@ -30,6 +30,7 @@ from kvfold.codecs.residual import ResidualCodec
 from kvfold.config import RopeSpec
 from kvfold.integration.spec import attention_modules, decoder_of
 from kvfold.integration.stand_in import Rotation, StandInCache, StandInLayer
+from kvfold.packing import unpack_scale
 
 
 class CodedSide:
@@ -59,11 +60,12 @@ class CodedSide:
 
     def read(self, x: Tensor, rotation: Rotation | None, gather: bool) -> tuple[Tensor, Tensor, Tensor]:
         """`x [B, G, T, D]` as its codes say, rotated again, in `x`'s dtype; as decoded; and the scales `[B, G, T, 1]`."""
-        x = x.detach()  # nothing below is differentiated
+        x = x.detach()
         plain = x.float() if rotation is None else ops.unrotate(x, *rotation)
-        codes = self.codec.encode(plain)
-        decoded = self.codec.decode(codes)
-        scale = codes.fields.get("scale", torch.ones((), device=x.device)).float()
+        with torch.no_grad():
+            codes = self.codec.encode(plain)
+        decoded = self.codec.decode(codes)  # with a gradient towards the codebooks, if they are being trained
+        scale = unpack_scale(codes.fields.get("scale", torch.ones((), device=x.device)))
         scale = torch.where(scale > 0, scale, 1.0)
         if gather:
             self.error = self.error.to(x.device) + (plain - decoded).square().sum()
@@ -98,7 +100,8 @@ class StraightThroughLayer(StandInLayer):
         return self._read(key, key_states, rotation), self._read(value, value_states, None)
 
     def _read(self, side: CodedSide, x: Tensor, rotation: Rotation | None) -> Tensor:
-        seen, decoded, scale = side.read(x, rotation, self._through.running)
+        with torch.autocast(x.device.type, enabled=False):  # codes are those of float32, whatever the model runs in
+            seen, decoded, scale = side.read(x, rotation, self._through.running and self._through.gathering)
         if self._through.with_commitment:
             plain = x.float() if rotation is None else ops.unrotate(x, *rotation)
             error = ((plain - decoded) / scale).square().mean()
@@ -113,6 +116,7 @@ class StraightThroughCache(StandInCache):
     Args:
         codecs: of any method, on the model's device.
         with_commitment: gather `commitments`.
+        gathering: gather what `CodedSide` says; off, codebooks of the codecs may take gradients (`ResidualCodec.trainable`).
 
     Attributes:
         running: a pass is under way; a layer that is run again by gradient checkpointing gathers nothing.
@@ -120,8 +124,8 @@ class StraightThroughCache(StandInCache):
             a gradient towards keys and values only (van den Oord et al., arXiv 1711.00937, eq. 3).
     """
 
-    def __init__(self, codecs: CodecSet, with_commitment: bool = False) -> None:
-        self.with_commitment, self.running = with_commitment, False
+    def __init__(self, codecs: CodecSet, with_commitment: bool = False, gathering: bool = True) -> None:
+        self.with_commitment, self.gathering, self.running = with_commitment, gathering, False
         self.commitments: list[Tensor] = []
         self._codecs = codecs
         sides = enumerate(zip(codecs.keys, codecs.values, strict=True))

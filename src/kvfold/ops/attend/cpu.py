@@ -9,6 +9,7 @@ softmax weights vanish, values are left unread as long as the output provably ch
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,11 +86,11 @@ def _attend_codes(
     native.module().attend_codes(
         array(query.float().contiguous()),
         array(key_packed),
-        array(key_scale.view(torch.uint16)),
+        _scale_bits(key_scale),
         key_bits,
         native.books(key_codebooks, key_book, key_channels),
         array(value_packed),
-        array(value_scale.view(torch.uint16)),
+        _scale_bits(value_scale),
         value_bits,
         native.books(value_codebooks, value_book, value_channels),
         None if positions is None else array(positions.to(torch.int32).contiguous()),
@@ -126,6 +127,10 @@ def _attend_exact(
         array(lse),
     )
     return out, lse
+
+
+def _scale_bits(scale: Tensor) -> Any:
+    return native.array(scale if scale.dtype == torch.uint8 else scale.view(torch.uint16))
 
 
 def _results(query: Tensor, dim: int) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvfold.ops.decode.naive import decode
 from kvfold.ops.rope import rotate
-from kvfold.packing import unpack
+from kvfold.packing import unpack, unpack_scale
 
 _KEY_TILE = 512
 _QUERY_TILE = 256
@@ -24,8 +24,9 @@ _QUERY_TILE = 256
 class Coded(NamedTuple):
     """One side's residual codes as plain tensors.
 
-    packed uint8 `[B, G, T, bytes]` (stage-major codes) · scale float16 `[B, G, T, 1]` · codebooks `[M, C, d]` ·
-    book int64 `[S, G, P]` · channels int64 `[P, d]`, the channel each group entry came from · bits of one code.
+    packed uint8 `[B, G, T, bytes]` (stage-major codes) · scale `[B, G, T, 1]`, float16 or uint8 of `packing.pack_scale` ·
+    codebooks `[M, C, d]` · book int64 `[S, G, P]` · channels int64 `[P, d]`, the channel each group entry came from · bits of
+    one code.
     """
 
     packed: Tensor
@@ -95,7 +96,7 @@ def decode_tile(coded: Coded, start: int, stop: int) -> Tensor:
     stages, groups = coded.book.shape[0], coded.book.shape[2]
     codes = unpack(packed, coded.bits, stages * groups).unflatten(-1, (stages, groups))
     grouped = decode(codes, coded.codebooks, coded.book).flatten(-2)
-    return grouped.index_select(-1, coded.channels.flatten().argsort()) * scale.float()
+    return grouped.index_select(-1, coded.channels.flatten().argsort()) * unpack_scale(scale)
 
 
 def attend_tiles(

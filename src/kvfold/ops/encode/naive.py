@@ -36,7 +36,7 @@ def encode(vectors: Tensor, codebooks: Tensor, book: Tensor, beam: int = 1) -> T
     for kind in range(kinds.shape[1]):
         heads_of, groups_of = (which == kind).nonzero(as_tuple=True)
         chosen = vectors[:, heads_of, :, groups_of].float()  # [pairs, B, T, d]
-        tables = codebooks[kinds[:, kind]].float()
+        tables = codebooks.float()[kinds[:, kind]]
         found = encode_rows(chosen.reshape(-1, chosen.shape[-1]), tables, beam)
         codes[:, heads_of, :, :, groups_of] = found.view(*chosen.shape[:-1], stages)
     return codes
