@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from kvfold.cache.cache import CompressedCache
 from kvfold.codecs import build_codec, resolve_settings
 from kvfold.codecs.artifact import CodecSet
 from kvfold.compat import cache_argument
@@ -169,3 +170,8 @@ def tiny_codecs(family: str, method: str = "rvq", **changes: Any) -> CodecSet:
             codecs.append(codec)
         sides.append(tuple(codecs))
     return CodecSet(method, settings, spec, *sides, info={})
+
+
+def bytes_at(cache: CompressedCache, tokens: int, level: int = 0) -> int:
+    """What `tokens` take, a row, if all that may be coded is at `level`."""
+    return int(cache._exact_bytes(tokens, 1) + (tokens - cache.sinks) * cache._token_bytes(1)[level])

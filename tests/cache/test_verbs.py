@@ -83,8 +83,8 @@ def contents(cache: kvfold.CompressedCache) -> list[Tensor]:
     found = []
     for layer in cache.coded_layers:
         for codec, store, name in (
-            (layer.key_codec, layer.key_store, "keys"),
-            (layer.value_codec, layer.value_store, "values"),
+            (layer.key_codec, layer.past.segments[0].keys, "keys"),
+            (layer.value_codec, layer.past.segments[0].values, "values"),
         ):
             codes = store.codes()
             past = codec.decode(codes) if codes is not None else layer.exact[name][:, :, :0]
@@ -112,10 +112,10 @@ def test_codes_are_appended_and_never_recoded() -> None:
     with kvfold.attach(model, tiny_codecs("llama"), **SIZES) as attached:
         cache = attached.new_cache()
         inputs = prefill(model, cache)
-        before = [layer.key_store.codes().fields["codes"].clone() for layer in cache.coded_layers]
+        before = [layer.past.segments[0].keys.codes().fields["codes"].clone() for layer in cache.coded_layers]
         continue_with(model, cache, inputs["attention_mask"], 30)
     for old, layer in zip(before, cache.coded_layers, strict=True):
-        new = layer.key_store.codes().fields["codes"]
+        new = layer.past.segments[0].keys.codes().fields["codes"]
         assert new.shape[2] == old.shape[2] + 30
         torch.testing.assert_close(new[:, :, : old.shape[2]], old, rtol=0, atol=0)
 

@@ -125,14 +125,14 @@ def dense_copy(cache: kvfold.CompressedCache, config) -> DynamicCache:
             target.keys, target.values = source.keys.clone(), source.values.clone()
             target.cumulative_length = source.cumulative_length
             continue
-        keys = source.key_codec.decode(source.key_store.codes())
+        keys = source.key_codec.decode(source.past.segments[0].keys.codes())
         if source.rope is not None:
             turned = []
             for start, stop, regime in cache.positions.regimes(cache.sinks, source.coded):
                 part = keys[:, :, start - cache.sinks : stop - cache.sinks]
                 turned.append(rotate(source.rope, part, cache.positions.slots(start, stop), regime))
             keys = torch.cat(turned, 2)
-        values = source.value_codec.decode(source.value_store.codes())
+        values = source.value_codec.decode(source.past.segments[0].values.codes())
         exact = source.exact
         whole = [torch.cat((exact["sink_keys"], keys, exact["keys"]), 2)]
         whole.append(torch.cat((exact["sink_values"], values, exact["values"]), 2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from kvfold.compat import Cache, dense_layers
 from kvfold.errors import CacheFullError, InputError
 
 SINKS, WINDOW, BLOCK = 4, 64, 16
+LOWERED_TOGETHER = 256  # tokens that lose a stage at once
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ class CompressedCache(Cache):
     Args:
         codecs: from `kvfold.calibrate` or `kvfold.load`.
         config: the model's config.
-        max_bytes: bytes that the cache may allocate; a pass that would need more raises CacheFullError beforehand.
+        max_bytes: bytes that the cache may allocate. When they are used up, the oldest tokens give up trailing stages of their
+            codes, down to half of them; a pass that would need more even so raises CacheFullError beforehand.
         sinks: first tokens (slots) kept exact.
         window: newest tokens kept exact; with 0 even the token itself is read as codes.
         block: tokens that leave the window together, 1 if the window is 0.
@@ -125,37 +128,51 @@ class CompressedCache(Cache):
         """
         self.positions.announce(positions)
         self._sliding_before = [(layer, vars(layer).copy()) for layer in self.layers if not isinstance(layer, CodedLayer)]
-        if self.max_bytes is None:
-            return
-        length = self.coded_layers[0].length
-        needed = self._bytes_at(length + positions.shape[1], batch)
-        if needed > self.max_bytes:
+        if self.max_bytes is not None:
+            self._make_room(self.max_bytes, self.coded_layers[0].length, positions.shape[1], batch)
+
+    def _make_room(self, most: int, length: int, queries: int, batch: int) -> None:
+        """Lower the oldest codes until `queries` more tokens fit."""
+        coded = max(0, length + queries - self.sinks)
+        exact = self._exact_bytes(length + queries, batch)
+        sizes = self._token_bytes(batch)
+        if exact + coded * sizes[-1] > most:
+            least = f", with {len(sizes) - 1} stages fewer" if len(sizes) > 1 else ""
             raise CacheFullError(
-                f"at most {_size(self.max_bytes)} of cache (max_bytes)",
-                f"{length} tokens and {positions.shape[1]} more, which take {_size(needed)}",
+                f"at most {_size(most)} of cache (max_bytes)",
+                f"{length} tokens and {queries} more, which take {_size(int(exact + coded * sizes[-1]))}{least}",
                 "raise max_bytes, shorten the prompt, or use a codec of fewer bits; the cache still holds what it held",
             )
-        low, high = length + positions.shape[1], 1 << 40
-        while low < high:  # most tokens that fit
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if self._bytes_at(middle, batch) <= self.max_bytes else (low, middle - 1)
+        room = most - exact
+        level = next(i for i, size in enumerate(sizes) if i + 1 == len(sizes) or coded * sizes[i + 1] <= room)
+        lowered = 0
+        if coded * sizes[level] > room:
+            lowered = math.ceil((coded * sizes[level] - room) / (sizes[level] - sizes[level + 1]))
+            lowered = min(coded, -(-lowered // LOWERED_TOGETHER) * LOWERED_TOGETHER)
+        spare = room - lowered * (sizes[level + 1] if lowered else 0) - (coded - lowered) * sizes[level]
         for layer in self.coded_layers:
-            layer.key_store.limit = layer.value_store.limit = max(0, low - self.sinks)
+            layer.past.limit = coded + int(spare / sizes[level])
+            layer.past.settle(level, lowered)
 
-    def _bytes_at(self, tokens: int, batch: int) -> int:
-        """Bytes of `tokens` tokens: everything that could be coded as codes, the window at its largest exactly."""
-        spec, total = self.codecs.spec, 0.0
-        width = spec.kv_heads * spec.head_dim
+    def _token_bytes(self, batch: int) -> list[float]:
+        """Bytes of a coded token in all layers, by level."""
+        spec = self.codecs.spec
+        pairs = [(layer.key_codec, layer.value_codec) for layer in self.coded_layers]
+        levels = min(codec.levels for pair in pairs for codec in pair)
+        return [
+            sum(codec.bits_at(level) for pair in pairs for codec in pair) * (spec.kv_heads * spec.head_dim * batch / 8)
+            for level in range(levels + 1)
+        ]
+
+    def _exact_bytes(self, tokens: int, batch: int) -> int:
+        """Bytes of the tokens that stay exact when there are `tokens`, the window at its largest."""
+        spec, total = self.codecs.spec, 0
         element = next((x.dtype.itemsize for layer in self.coded_layers for x in layer.exact.values()), 4)
         for layer in self.layers:
-            exact = min(tokens, self.sinks + self.window + self.block - 1)
-            if isinstance(layer, CodedLayer):
-                bits = layer.key_codec.bits_per_element + layer.value_codec.bits_per_element
-                total += max(0, tokens - self.sinks) * bits * width / 8
-            else:
-                exact = min(tokens, dense_window(layer))
-            total += 2 * exact * width * element
-        return int(total * batch)
+            coded = isinstance(layer, CodedLayer)
+            exact = min(tokens, self.sinks + self.window + self.block - 1 if coded else dense_window(layer))
+            total += 2 * exact * spec.kv_heads * spec.head_dim * element
+        return total * batch
 
     def end(self, failed: bool) -> None:
         """The forward pass is over; if it failed midway, the layers forget what it stored."""

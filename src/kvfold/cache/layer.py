@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from kvfold import ops
+from kvfold.cache.past import CodedPast
 from kvfold.cache.positions import Positions
-from kvfold.cache.store import CodeStore
 from kvfold.cache.view import CacheView, CodedPiece
 from kvfold.codecs import Codec
 from kvfold.codecs.base import non_finite
@@ -38,7 +38,6 @@ class CodedLayer(CacheLayerMixin):
         sinks: first tokens kept exact.
         window: newest tokens kept exact, at least; up to `block - 1` more wait until a block is full.
         block: tokens coded together.
-        limit: tokens that will never be exceeded, if known.
     """
 
     is_sliding = False
@@ -55,7 +54,6 @@ class CodedLayer(CacheLayerMixin):
         sinks: int,
         window: int,
         block: int,
-        limit: int | None = None,
     ) -> None:
         super().__init__()
         self.key_codec, self.value_codec = key_codec, value_codec
@@ -65,14 +63,13 @@ class CodedLayer(CacheLayerMixin):
         self._factor = rope.factor if rope else 1.0
         self._interleaved = bool(rope and rope.interleaved)
         self._positions = positions
-        self._limit = limit
         self.record_past = False
         self._clear()
 
     def _clear(self) -> None:
         self.is_initialized = False
         self.length = 0
-        self.key_store, self.value_store = CodeStore(self._limit), CodeStore(self._limit)
+        self.past = CodedPast(self.key_codec, self.value_codec)
         self.exact: dict[str, Tensor] = {}  # sink_keys, sink_values, keys, values (the tail), each [B, G, T, D]
         self._tail_start = self.sinks  # slot of the first token of the tail
         self._inv_freq: list[Tensor] = []
@@ -152,8 +149,7 @@ class CodedLayer(CacheLayerMixin):
             self.exact["sink_" + name] = self.exact["sink_" + name][:, :, : self.length]
             self.exact[name] = self.exact[name][:, :, : max(0, self.length - self._tail_start)]
         coded = max(min(self._boundary(self.length), self.coded), min(self._tail_start, self.length))
-        self.key_store.crop(coded - self.sinks)
-        self.value_store.crop(coded - self.sinks)
+        self.past.crop(coded - self.sinks)
         self._tail_start = max(self.sinks, min(self._tail_start, self.length))
         self._trim()
 
@@ -183,27 +179,24 @@ class CodedLayer(CacheLayerMixin):
     @property
     def coded(self) -> int:
         """Slots `sinks..coded-1` are codes."""
-        return self.sinks + self.key_store.tokens
+        return self.sinks + self.past.tokens
 
     def map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply `function` to everything stored; it may change batch axis or device, nothing else."""
-        self.key_store.map(function)
-        self.value_store.map(function)
+        self.past.map(function)
         self.exact = {name: function(tensor) for name, tensor in self.exact.items()}
 
     def end_pass(self, failed: bool) -> None:
         """The forward pass is over. If it failed, whatever it stored in this layer is taken back."""
         if failed and self._undo is not None:
             self.length, coded, self._tail_start, self.exact = self._undo
-            self.key_store.crop(coded - self.sinks)
-            self.value_store.crop(coded - self.sinks)
+            self.past.crop(coded - self.sinks)
         self._undo = None
 
     def nbytes(self) -> dict[str, int]:
         """Bytes of the tokens alive, by kind: the codes' fields, and "exact" for uncompressed tokens."""
         sizes = {"exact": sum(t.numel() * t.element_size() for t in self.exact.values())}
-        for store in (self.key_store, self.value_store):
-            codes = store.codes()
+        for codes in (store.codes() for segment in self.past.segments for store in segment.stores):
             for name, tensor in (codes.fields if codes else {}).items():
                 sizes[name] = sizes.get(name, 0) + tensor.numel() * tensor.element_size()
         return sizes
@@ -212,16 +205,15 @@ class CodedLayer(CacheLayerMixin):
     def allocated_bytes(self) -> int:
         """Bytes of the buffers, room for growth included."""
         exact = sum(t.numel() * t.element_size() for t in self.exact.values())
-        return exact + self.key_store.allocated_bytes + self.value_store.allocated_bytes
+        return exact + self.past.allocated_bytes
 
-    def load(self, length: int, exact: dict[str, Tensor], keys: Codes | None, values: Codes | None) -> None:
-        """Take over the state of a saved layer (see `CompressedCache.save`)."""
+    def load(self, length: int, exact: dict[str, Tensor], segments: list[tuple[int, Codes, Codes]]) -> None:
+        """Take over the state of a saved layer (see `CompressedCache.save`); segments are (level, keys, values)."""
         self._clear()
         self.lazy_initialization(exact["keys"], exact["values"])
         self.length, self.exact = length, exact
-        if keys is not None and values is not None:
-            self.key_store.append(keys)
-            self.value_store.append(values)
+        for level, keys, values in segments:
+            self.past.append(keys, values, level)
         self._tail_start = self.coded
 
     # -- inside ------------------------------------------------------------------------------------------------------
@@ -248,9 +240,7 @@ class CodedLayer(CacheLayerMixin):
             ]
             keys = torch.cat(pieces, 2)
         key_codes = self.key_codec.encode(keys)
-        value_codes = self.value_codec.encode(self.exact["values"][:, :, chosen])
-        self.key_store.append(key_codes)
-        self.value_store.append(value_codes)
+        self.past.append(key_codes, self.value_codec.encode(self.exact["values"][:, :, chosen]))
 
     def _trim(self) -> None:
         """Drop exact copies of coded tokens; the copy lets go of the pass's large tensors."""
@@ -266,24 +256,22 @@ class CodedLayer(CacheLayerMixin):
         values = torch.cat((self.exact["sink_values"], self.exact["values"][:, :, skip:]), 2)
         sinks = self.exact["sink_keys"].shape[2]
         start = self._tail_start + skip
-        return CacheView(self.key_codec, self.value_codec, self._pieces(), keys, values, sinks, start, self.length, boundaries)
+        return CacheView(self._pieces(), keys, values, sinks, start, self.length, boundaries)
 
     def _pieces(self) -> list[CodedPiece]:
-        keys, values = self.key_store.codes(), self.value_store.codes()
-        if keys is None or values is None or not keys.tokens:
-            return []
-        if not self.rope:
-            return [CodedPiece(self.sinks, self.coded, keys, values, None)]
-        return [
-            CodedPiece(
-                a,
-                b,
-                keys.slice(a - self.sinks, b - self.sinks),
-                values.slice(a - self.sinks, b - self.sinks),
-                ops.Rotation(*self._rotation(a, b, regime)),
-            )
-            for a, b, regime in self._positions.regimes(self.sinks, self.coded)
-        ]
+        pieces, start = [], self.sinks
+        for segment in self.past.segments:
+            keys, values = segment.keys.codes(), segment.values.codes()
+            if keys is None or values is None or not keys.tokens:
+                continue
+            stop = start + keys.tokens
+            regimes = self._positions.regimes(start, stop) if self.rope else [(start, stop, 0)]
+            for a, b, regime in regimes:
+                codes = keys.slice(a - start, b - start), values.slice(a - start, b - start)
+                rotation = ops.Rotation(*self._rotation(a, b, regime)) if self.rope else None
+                pieces.append(CodedPiece(a, b, segment.key_codec, segment.value_codec, *codes, rotation))
+            start = stop
+        return pieces
 
     def _rotation(self, start: int, stop: int, regime: int) -> tuple[Tensor, Tensor, float, bool]:
         positions = self._positions.slots(start, stop)

@@ -23,7 +23,7 @@ from kvfold.codes import Codes
 from kvfold.errors import InputError
 from kvfold.files import replacing_file
 
-_KIND, _VERSION = "kvfold cache", 1
+_KIND, _VERSION = "kvfold cache", 2
 _WHAT = "a cache file made by CompressedCache.save"
 _SLIDING = ("keys", "values")
 
@@ -38,14 +38,16 @@ def save_cache(cache: CompressedCache, file: str | Path, input_ids: Tensor | Non
         raise InputError("a cache that holds tokens", "an empty one", "run the model on the prompt first")
     tensors: dict[str, Tensor] = {} if input_ids is None else {"input_ids": input_ids.to(torch.int64)}
     tensors |= {f"positions.{name}": tensor for name, tensor in cache.positions.state().items()}
-    lengths = []
+    lengths: list[int] = []
+    levels: list[list[int]] = []  # of the segments of every coded layer
     for index, layer in enumerate(cache.layers):
         lengths.append(layer.get_seq_length())
         if isinstance(layer, CodedLayer):
             parts = {f"exact.{name}": tensor for name, tensor in layer.exact.items()}
-            for side, store in (("key", layer.key_store), ("value", layer.value_store)):
-                codes = store.codes()
-                parts |= {f"{side}.{name}": tensor for name, tensor in (codes.fields if codes else {}).items()}
+            for number, segment in enumerate(layer.past.segments):
+                for side, codes in (("key", segment.keys.codes()), ("value", segment.values.codes())):
+                    parts |= {f"{side}.{number}.{name}": tensor for name, tensor in (codes.fields if codes else {}).items()}
+            levels.append([segment.level for segment in layer.past.segments])
         else:
             parts = {f"sliding.{name}": getattr(layer, name) for name in _SLIDING}
         tensors |= {f"{index}.{name}": tensor for name, tensor in parts.items()}
@@ -58,6 +60,7 @@ def save_cache(cache: CompressedCache, file: str | Path, input_ids: Tensor | Non
         "window": cache.window,
         "block": cache.block,
         "lengths": lengths,
+        "levels": levels,
     }
     header["sha256"] = _checksum(header, tensors)
     with replacing_file(Path(file)) as fresh:
@@ -78,12 +81,16 @@ def load_cache(file: str | Path, codecs: CodecSet, config: Any, max_bytes: int |
         cache = CompressedCache(
             codecs, config, max_bytes, sinks=header["sinks"], window=header["window"], block=header["block"]
         )
+        levels = iter(header["levels"])
         cache.positions.restore(_part(tensors, "positions."))
         for index, (layer, length) in enumerate(zip(cache.layers, header["lengths"], strict=True)):
             parts = _part(tensors, f"{index}.")
             if isinstance(layer, CodedLayer):
-                keys, values = (_part(parts, side) for side in ("key.", "value."))
-                layer.load(length, _part(parts, "exact."), Codes(keys) if keys else None, Codes(values) if values else None)
+                segments = [
+                    (level, *(Codes(_part(parts, f"{side}.{number}.")) for side in ("key", "value")))
+                    for number, level in enumerate(next(levels))
+                ]
+                layer.load(length, _part(parts, "exact."), segments)
             else:
                 layer.lazy_initialization(parts["sliding.keys"], parts["sliding.values"])
                 layer.keys, layer.values = (parts[f"sliding.{name}"] for name in _SLIDING)

@@ -13,10 +13,15 @@ from kvfold.codes import Codes
 
 @dataclass(frozen=True)
 class CodedPiece:
-    """Coded slots `start..stop-1` whose keys are rotated alike (None: they are stored rotated, or the model has no RoPE)."""
+    """Coded slots `start..stop-1`, the codecs that read them, and how their keys are rotated.
+
+    They are all rotated alike; `rotation` is None if they are stored rotated, or the model has no RoPE.
+    """
 
     start: int
     stop: int
+    key_codec: Codec
+    value_codec: Codec
     keys: Codes
     values: Codes
     rotation: ops.Rotation | None
@@ -27,7 +32,6 @@ class CacheView:
     """One layer's keys and values as seen by one forward pass.
 
     Attributes:
-        key_codec, value_codec: decode `pieces`.
         pieces: the coded past, in order; empty if nothing is coded yet.
         keys, values: exact tokens `[B, G, E, D]`: the sinks, then slots `exact_start..length-1`.
         sinks: how many of the exact tokens are sinks (slots `0..sinks-1`).
@@ -37,8 +41,6 @@ class CacheView:
             None: every query reads every exact token exactly and codes for the rest.
     """
 
-    key_codec: Codec
-    value_codec: Codec
     pieces: list[CodedPiece]
     keys: Tensor
     values: Tensor

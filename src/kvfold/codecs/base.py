@@ -103,6 +103,23 @@ class Codec(ABC):
     def codebook_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
+    @property
+    def levels(self) -> int:
+        """How often `lower` may drop what describes a vector last; 0 for a method whose codes cannot be cut."""
+        return 0
+
+    def bits_at(self, level: int) -> float:
+        """`bits_per_element` of codes lowered to `level`."""
+        return self.at_level(level).bits_per_element if level else self.bits_per_element
+
+    def lower(self, codes: Codes, level: int) -> Codes:
+        """`codes` of this codec, or of a lower level than `level`, cut to `level`; `at_level(level)` reads them."""
+        raise NotImplementedError
+
+    def at_level(self, level: int) -> Codec:
+        """The codec of codes that were lowered to `level`, 1 to `levels`."""
+        raise NotImplementedError
+
     def distortion(self, x: Tensor) -> float:
         """Mean squared error over mean square of `x [G, N, D]`."""
         x = x[None].float()

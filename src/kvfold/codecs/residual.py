@@ -129,7 +129,10 @@ class ResidualCodec(Codec):
 
     @property
     def bits_per_element(self) -> float:
-        codes = packed_bytes(self._settings.stages * self.groups, self.bits)
+        return self.bits_at(0)
+
+    def bits_at(self, level: int) -> float:
+        codes = packed_bytes((self._settings.stages - level) * self.groups, self.bits)
         return (8 * codes + self._settings.scale_bits) / self.head_dim
 
     @property
@@ -258,6 +261,17 @@ class ResidualCodec(Codec):
         return self._with_tensors(
             {**self.tensors(), "codebooks": tables, "book": torch.searchsorted(used, book)}, stages=stages
         )
+
+    @property
+    def levels(self) -> int:
+        return self._settings.stages // 2
+
+    def lower(self, codes: Codes, level: int) -> Codes:
+        bytes_left = packed_bytes((self._settings.stages - level) * self.groups, self.bits)
+        return Codes({**codes.fields, "codes": codes.fields["codes"][..., :bytes_left]})  # the last byte may hold a few more
+
+    def at_level(self, level: int) -> Self:
+        return self.with_stages(self._settings.stages - level)
 
     def _with_tensors(self, tensors: dict[str, Tensor], **settings: Any) -> Self:
         return type(self).restore(self.head_dim, {**self.settings(), **settings}, tensors)

@@ -69,7 +69,7 @@ def _attend_rows(
         piece_mask = None if mask is None else mask[..., chosen]
         if piece_mask is not None and slots is not None and boundaries is not None:
             piece_mask = piece_mask & (slots[chosen] < boundaries)
-        keys, values = (view.key_codec, piece.keys), (view.value_codec, piece.values)
+        keys, values = (piece.key_codec, piece.keys), (piece.value_codec, piece.values)
         parts.append(attend(query, keys, values, piece.rotation, piece_mask, scale, softcap))
     if view.keys.shape[2]:
         exact_mask = None
