@@ -25,9 +25,10 @@ from kvfold.calibrate.ema import BATCH_TOKENS, EVERY
 from kvfold.calibrate.finetune import LOSSES, FinetuneSettings
 from kvfold.calibrate.trainable import KINDS
 from kvfold.codecs.ema import DECAY
-from kvfold.commands import ablate, bench, calibrate, evaluate, finetune, generate, inspect, needle
+from kvfold.commands import ablate, bench, budget, calibrate, evaluate, finetune, generate, inspect, needle
 from kvfold.errors import InputError
 from kvfold.evaluate.ablate import ABLATIONS
+from kvfold.evaluate.budget import CONTEXTS as BUDGET_CONTEXTS
 from kvfold.evaluate.needle import CONTEXTS as NEEDLE_CONTEXTS
 from kvfold.evaluate.needle import DEPTHS
 
@@ -74,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     _generate(_command(names, "generate", generate.generate, "write text from a compressed cache"))
     _eval(_command(names, "eval", evaluate.evaluate_any, "measure perplexity and KL, or tasks, through the cache"))
     _needle(_command(names, "needle", needle.needle, "find a fact hidden in long text, through the cache"))
+    about = "quality of a cache that may not grow, as the context grows"
+    _budget(_command(names, "budget", budget.budget, about))
     _command(names, "codecs", inspect.codecs, "list the methods")
     about = "train attention weights and codebooks for each other"
     _finetune(_command(names, "finetune", finetune.finetune, about))
@@ -176,6 +179,22 @@ def _needle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sinks", type=int, default=SINKS, metavar="N", help=f"first tokens kept exact (default {SINKS})")
     parser.add_argument("--window", type=int, default=WINDOW, metavar="N", help=f"newest tokens kept exact (default {WINDOW})")
     parser.add_argument("--plot", metavar="FILE", help="PNG of the heat maps")
+    _json(parser)
+    _record(parser)
+
+
+def _budget(parser: argparse.ArgumentParser) -> None:
+    _model_and_codec(parser)
+    _text(parser, "text to read", required=True)
+    parser.add_argument("--max-bytes", type=_positive, required=True, metavar="N", help="bytes the limited cache may take")
+    contexts = ",".join(map(str, BUDGET_CONTEXTS))
+    about = f"tokens in the cache (default {contexts})"
+    parser.add_argument("--contexts", type=_numbers, default=BUDGET_CONTEXTS, metavar="N,N", help=about)
+    parser.add_argument("--windows", type=_positive, default=2, metavar="N", help="of text, a context (default 2)")
+    parser.add_argument("--sinks", type=int, default=SINKS, metavar="N", help=f"first tokens kept exact (default {SINKS})")
+    parser.add_argument("--window", type=int, default=WINDOW, metavar="N", help=f"newest tokens kept exact (default {WINDOW})")
+    _set(parser, "beam=N searches codes with another beam")
+    parser.add_argument("--plot", metavar="FILE", help="PNG of the table")
     _json(parser)
     _record(parser)
 

@@ -129,3 +129,20 @@ def plot_times(panels: Mapping[str, Mapping[str, Sequence[float]]], contexts: Se
             axes.set(title=title, xlabel="keys", ylabel="milliseconds")
             axes.grid(alpha=0.3, which="both")
         axes.legend()
+
+
+def plot_lines(
+    lines: Mapping[str, Sequence[float | None]], at: Sequence[float], title: str, across: str, up: str, file: Path
+) -> None:
+    """Write a PNG with a line a name over `at`; a line has a gap where it is None.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        InputError: the file cannot be written.
+    """
+    with _axes(file, (8, 4.5)) as (axes,):
+        for name, heights in lines.items():
+            axes.plot(at, [float("nan") if height is None else height for height in heights], marker="o", label=name)
+        axes.set(title=title, xlabel=across, ylabel=up, ylim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.legend()
