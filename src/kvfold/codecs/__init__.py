@@ -13,10 +13,11 @@ from typing import Any
 from kvfold.codecs.base import Codec, Side
 from kvfold.codecs.identity import IdentityCodec
 from kvfold.codecs.residual import ResidualCodec, ResidualSettings
+from kvfold.codecs.turboquant import TurboQuantCodec
 from kvfold.errors import InputError
 from kvfold.packing import packed_bytes
 
-KINDS: dict[str, type[Codec]] = {IdentityCodec.kind: IdentityCodec, ResidualCodec.kind: ResidualCodec}
+KINDS: dict[str, type[Codec]] = {codec.kind: codec for codec in (IdentityCodec, ResidualCodec, TurboQuantCodec)}
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,10 @@ def _build_residual(side: Side, head_dim: int, settings: dict[str, Any]) -> Code
 
 def _build_identity(side: Side, head_dim: int, settings: dict[str, Any]) -> Codec:
     return IdentityCodec(head_dim, **settings)
+
+
+def _build_turboquant(side: Side, head_dim: int, settings: dict[str, Any]) -> Codec:
+    return TurboQuantCodec(head_dim, **settings)
 
 
 _PAPER: dict[str, Any] = {
@@ -84,6 +89,9 @@ METHODS: dict[str, Method] = {
         "residual VQ, own books per head, weighted search, trained by KL", f"kvfold; {_SOURCE}", _RVQ, _build_residual
     ),
     "rvq-paper": Method("residual VQ, 8 stages of 2048 codewords, greedy", _SOURCE, _PAPER, _build_residual),
+    "turboquant": Method(
+        "random rotation, Lloyd-Max levels", "Zandieh et al. 2025, arXiv 2504.19874", {"bits": 2}, _build_turboquant
+    ),
     "identity": Method("no compression, the cache's own yardstick", "kvfold", {"dtype": "float32"}, _build_identity),
 }
 
