@@ -25,10 +25,11 @@ from kvfold.calibrate.ema import BATCH_TOKENS, EVERY
 from kvfold.calibrate.finetune import LOSSES, FinetuneSettings
 from kvfold.calibrate.trainable import KINDS
 from kvfold.codecs.ema import DECAY
-from kvfold.commands import ablate, bench, budget, calibrate, evaluate, finetune, generate, inspect, needle
+from kvfold.commands import ablate, bench, budget, calibrate, compare, evaluate, finetune, generate, inspect, needle
 from kvfold.errors import InputError
 from kvfold.evaluate.ablate import ABLATIONS
 from kvfold.evaluate.budget import CONTEXTS as BUDGET_CONTEXTS
+from kvfold.evaluate.compare import CODECS as COMPARED
 from kvfold.evaluate.needle import CONTEXTS as NEEDLE_CONTEXTS
 from kvfold.evaluate.needle import DEPTHS
 
@@ -75,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     _generate(_command(names, "generate", generate.generate, "write text from a compressed cache"))
     _eval(_command(names, "eval", evaluate.evaluate_any, "measure perplexity and KL, or tasks, through the cache"))
     _needle(_command(names, "needle", needle.needle, "find a fact hidden in long text, through the cache"))
+    _compare(_command(names, "compare", compare.compare, "several codecs on one model: quality against bits"))
     about = "quality of a cache that may not grow, as the context grows"
     _budget(_command(names, "budget", budget.budget, about))
     _command(names, "codecs", inspect.codecs, "list the methods")
@@ -153,10 +155,7 @@ def _eval(parser: argparse.ArgumentParser) -> None:
     _text(what, "text to evaluate on", required=False)
     what.add_argument("--tasks", type=_names, metavar="NAME,NAME", help="tasks of lm-eval instead, see `lm-eval ls tasks`")
     _set(parser, "beam=N searches codes with another beam")
-    parser.add_argument("--context", type=int, default=2048, metavar="N", help="tokens of a window (default 2048)")
-    parser.add_argument("--windows", type=int, default=8, metavar="N", help="windows from the start of the text (default 8)")
-    parser.add_argument("--sinks", type=int, default=0, metavar="N", help="first tokens kept exact (default 0)")
-    parser.add_argument("--window", type=int, default=0, metavar="N", help="newest tokens kept exact (default 0)")
+    _protocol(parser)
     tasks = parser.add_argument_group("with --tasks")
     tasks.add_argument("--task-path", metavar="DIR", help="folder of YAML files with tasks of one's own")
     tasks.add_argument("--limit", type=_positive, metavar="N", help="documents of each task (default: all)")
@@ -179,6 +178,20 @@ def _needle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sinks", type=int, default=SINKS, metavar="N", help=f"first tokens kept exact (default {SINKS})")
     parser.add_argument("--window", type=int, default=WINDOW, metavar="N", help=f"newest tokens kept exact (default {WINDOW})")
     parser.add_argument("--plot", metavar="FILE", help="PNG of the heat maps")
+    _json(parser)
+    _record(parser)
+
+
+def _compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=_MODEL)
+    _text(parser, "text to evaluate on", required=True)
+    about = "text to calibrate on, the same for all (default: what the model says)"
+    parser.add_argument("--calibration-text", nargs="+", metavar="FILE", help=about)
+    about = f"methods, settings after colons (default {','.join(COMPARED)})"
+    parser.add_argument("--codecs", type=_names, default=COMPARED, metavar="A,B:bits=3", help=about)
+    parser.add_argument("--tokens", type=int, default=TOKENS, metavar="N", help=f"tokens of calibration (default {TOKENS})")
+    _protocol(parser)
+    parser.add_argument("--out", metavar="DIR", help="folder for picture, report and codecs; those there are used again")
     _json(parser)
     _record(parser)
 
@@ -292,6 +305,13 @@ def _bench_encode(parser: argparse.ArgumentParser) -> None:
 
 def _backend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", metavar="NAME", help="naive or cpu (default: KVFOLD_BACKEND, else the best there is)")
+
+
+def _protocol(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--context", type=int, default=2048, metavar="N", help="tokens of a window (default 2048)")
+    parser.add_argument("--windows", type=int, default=8, metavar="N", help="windows from the start of the text (default 8)")
+    parser.add_argument("--sinks", type=int, default=0, metavar="N", help="first tokens kept exact (default 0)")
+    parser.add_argument("--window", type=int, default=0, metavar="N", help="newest tokens kept exact (default 0)")
 
 
 def _model_and_codec(parser: argparse.ArgumentParser) -> None:

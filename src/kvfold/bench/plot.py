@@ -146,3 +146,26 @@ def plot_lines(
         axes.set(title=title, xlabel=across, ylabel=up, ylim=(0, None))
         axes.grid(alpha=0.3)
         axes.legend()
+
+
+def plot_rates(lines: Mapping[str, Sequence[tuple[float, float, float]]], title: str, file: Path) -> None:
+    """Write a PNG with two panels over bits per element: perplexity over exact (its excess, logarithmic) and KL.
+
+    Args:
+        lines: method -> points (bits, perplexity over exact, KL), by bits.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        InputError: the file cannot be written.
+    """
+    with _axes(file, (12, 5), 2) as (left, right):
+        for name, points in lines.items():
+            bits, ratios, divergences = zip(*points, strict=True)
+            left.plot(bits, [max(ratio - 1, 1e-4) for ratio in ratios], marker="o", label=name)
+            right.plot(bits, [max(divergence, 1e-4) for divergence in divergences], marker="o", label=name)
+        left.set(xlabel="bits per element", ylabel="perplexity over exact, minus 1", yscale="log")
+        right.set(xlabel="bits per element", ylabel="KL (nats a token)", yscale="log")
+        for axes in (left, right):
+            axes.grid(alpha=0.3, which="both")
+        left.legend()
+        left.figure.suptitle(title, fontsize=10)

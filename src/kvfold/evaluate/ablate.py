@@ -7,19 +7,17 @@ side alone; that is what keeps an ablation to a few calibrations. Finetuning sta
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kvfold.calibrate import calibrate
 from kvfold.calibrate.finetune import FinetuneSettings, finetune
+from kvfold.calibrate.kept import calibrate_or_load
 from kvfold.calibrate.text import builtin_text
 from kvfold.codecs import Side, method
-from kvfold.codecs.artifact import CodecSet, load
+from kvfold.codecs.artifact import CodecSet
 from kvfold.errors import InputError
 from kvfold.evaluate.evaluate import Evaluation, eval_windows, evaluate
 from kvfold.integration.spec import model_spec
@@ -145,16 +143,7 @@ def ablate(
         chosen = {**(settings or {}), **variant.calibration}
         key = repr(sorted(chosen.items()))
         if key not in fitted:
-            recipe = [codec, {**method(codec).defaults, **chosen}, seed, tokens, calibration_text]
-            folder = None if keep is None else keep / _name(model, recipe)
-            if folder is not None and folder.exists():
-                fitted[key] = load(folder)
-            else:
-                sizes: dict[str, Any] = {"tokens": tokens, "settings": chosen, "quiet": quiet}
-                fitted[key] = calibrate(model, tokenizer, calibration_text, codec, seed, **sizes)
-                if folder is not None:
-                    folder.parent.mkdir(parents=True, exist_ok=True)
-                    fitted[key].save(folder)
+            fitted[key] = calibrate_or_load(model, tokenizer, calibration_text, codec, chosen, seed, tokens, keep, quiet)
         codecs = variant.change(fitted[key])
         with ExitStack() as undo:
             if variant.loss is not None:
@@ -169,13 +158,6 @@ def ablate(
         each(row)
         rows.append(row)
     return rows
-
-
-def _name(model: Any, recipe: list[Any]) -> str:
-    """A folder name that differs where the codecs would: by model, weights, and everything calibration was told."""
-    weights = [(name, float(p.double().sum()), float(p.double().square().sum())) for name, p in model.state_dict().items()]
-    facts = [model_spec(model).fingerprint(), weights, recipe]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @contextmanager
