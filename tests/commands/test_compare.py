@@ -45,7 +45,12 @@ def test_compare_prints_json_alone(run: Callable[..., Ran], world: World) -> Non
 
 @pytest.mark.parametrize(
     ("codecs", "told"),
-    [("nonsense", "nonsense"), ("rvq:bits", "rvq:bits=3"), ("turboquant:colour=3", "colour"), ("rvq,turboquant:bits=x", "bits")],
+    [
+        ("nonsense", "nonsense"),
+        ("rvq:bits", "rvq:bits=3"),
+        ("turboquant:colour=3", "colour"),
+        ("rvq,turboquant:bits=x", "bits"),
+    ],
 )
 def test_wrong_codecs_are_told_before_anything_runs(run: Callable[..., Ran], world: World, codecs: str, told: str) -> None:
     given = ["compare", world.model, "--text", world.text, "--codecs", codecs]

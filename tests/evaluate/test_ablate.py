@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -109,7 +110,7 @@ def test_codecs_kept_by_one_ablation_serve_the_next(tmp_path: Path, monkeypatch:
     first = run("target", keep=tmp_path / "kept")
     assert len(list((tmp_path / "kept").iterdir())) == 1
     calls = []
-    monkeypatch.setattr("kvfold.calibrate.kept.calibrate", lambda *given, **named: calls.append(given))
+    monkeypatch.setattr(sys.modules["kvfold.calibrate.kept"], "calibrate", lambda *given, **named: calls.append(given))
     again = run("target", keep=tmp_path / "kept")
     assert [row.evaluation.perplexity for row in again] == [row.evaluation.perplexity for row in first]
     assert not calls
