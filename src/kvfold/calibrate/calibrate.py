@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ from torch import Tensor
 from kvfold.calibrate.distill import CONTEXT as CONTEXT_OF_A_STEP
 from kvfold.calibrate.distill import distill
 from kvfold.calibrate.ema import Ema, learn
+from kvfold.calibrate.recipe import recipe_of
 from kvfold.calibrate.sources import Texts, sources_of
+from kvfold.calibrate.stages import Stages
 from kvfold.calibrate.stream import first_windows
 from kvfold.calibrate.text import builtin_text, own_samples
 from kvfold.codecs import Codec, Side, build_codec, resolve_settings
@@ -51,6 +54,7 @@ def calibrate(
     context: int = CONTEXT,
     settings: dict[str, Any] | None = None,
     ema: Ema | None = None,
+    checkpoint: str | Path | None = None,
     quiet: bool = False,
 ) -> CodecSet:
     """Fit a codec of method `codec` for every layer's keys and values.
@@ -66,6 +70,8 @@ def calibrate(
         settings: changes to the method's settings, as `--set` on the command line.
         ema: learn the codebooks further by moving average, over all of the text and several times over if it is short.
             Under torchrun, all processes share the work and return the same codecs.
+        checkpoint: folder for the stages of a calibration that trains (`distill_steps`), in which an interrupted one goes on;
+            it is removed at the end. For `ema` see there.
         quiet: no progress on standard error.
 
     Raises:
@@ -80,7 +86,7 @@ def calibrate(
     blank = _blank(spec, codec, chosen, {"seed": seed, "text": text})
 
     def fit(windows: list[Tensor]) -> CodecSet:
-        return _fit_windows(model, blank, windows, quiet)
+        return _fit_windows(model, blank, windows, None if checkpoint is None else Path(checkpoint), quiet)
 
     if ema is not None:
         sources = sources_of(builtin_text() if texts is None else texts)
@@ -101,10 +107,32 @@ def _blank(spec: ModelSpec, method: str, settings: dict[str, Any], info: dict[st
     return CodecSet(method, settings, spec, keys, values, info)
 
 
-def _fit_windows(model: Any, blank: CodecSet, windows: list[Tensor], quiet: bool) -> CodecSet:
+def _fit_windows(model: Any, blank: CodecSet, windows: list[Tensor], folder: Path | None, quiet: bool) -> CodecSet:
+    """Codecs like those of `blank`, fitted on the windows, and trained if their settings say so."""
+    generator = torch.Generator().manual_seed(blank.info["seed"])
+    steps = blank.settings.get("distill_steps", 0)
+    start = time.monotonic()
+    stages = Stages(folder, recipe_of(model, [blank.method, blank.settings, blank.info, windows])) if folder and steps else None
+    if stages is not None and stages.step is not None:
+        result = stages.fitted(generator)
+        if not quiet:
+            print(f"going on in {folder}: codecs are fitted, {stages.step} of {steps} steps are done", file=sys.stderr)
+    else:
+        result = _fit_codecs(model, blank, windows, generator, quiet)
+        if stages is not None:
+            stages.keep_fitted(result, steps, generator)
+    if steps:
+        result = distill(model, result, windows, steps, generator, stages, quiet)
+    if stages is not None:
+        stages.remove()
+    if not quiet:
+        print(f"calibrated in {time.monotonic() - start:.0f} s", file=sys.stderr)
+    return replace(result, info={**result.info, **blank.info, "tokens": sum(map(len, windows))})
+
+
+def _fit_codecs(model: Any, blank: CodecSet, windows: list[Tensor], generator: torch.Generator, quiet: bool) -> CodecSet:
     """Codecs like those of `blank`, fitted on the windows."""
     spec, method = blank.spec, blank.method
-    generator = torch.Generator().manual_seed(blank.info["seed"])
     total = sum(len(w) for w in windows)
     coded = [codec for codec in blank.keys if codec is not None]
     steps = blank.settings.get("distill_steps", 0)
@@ -117,15 +145,9 @@ def _fit_windows(model: Any, blank: CodecSet, windows: list[Tensor], quiet: bool
         parts += [f"{steps} steps of {CONTEXT_OF_A_STEP} tokens" if steps else ""]
         listed = ", then ".join(filter(None, parts))
         print(f"calibrating {method} on {total} tokens: {listed}; samples take {size / 2**20:.0f} MiB", file=sys.stderr)
-    start = time.monotonic()
     cache = _collect(model, spec, read, coded[0].pre_rope, generator, quiet)
     moments = sensitivities(model, spec, felt, coded[0].pre_rope, generator, quiet) if felt else None
-    result = _fit(spec, cache, method, blank.settings, moments, generator, quiet)
-    if steps:
-        result = distill(model, result, windows, steps, generator, quiet)
-    if not quiet:
-        print(f"calibrated in {time.monotonic() - start:.0f} s", file=sys.stderr)
-    return replace(result, info={**result.info, **blank.info, "tokens": total})
+    return _fit(spec, cache, method, blank.settings, moments, generator, quiet)
 
 
 def _spread(windows: list[Tensor], tokens: int) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Where a long calibration stands, on disk: `ema.json` names the tensors file it belongs to, `ema.jsonl` is the loss curve.
+"""Where a long calibration stands, on disk: `NAME.json` names the tensors file it belongs to, `ema.jsonl` is a loss curve.
 
 A checkpoint is a new tensors file, then the JSON replaced in one step, then the older tensors file removed: killed at any
 moment, the folder holds a whole checkpoint. Files of others in the folder are left alone.
@@ -17,36 +17,36 @@ from kvfold.codecs.artifact import CURVE
 from kvfold.errors import InputError
 from kvfold.files import digest, read_json, read_tensors, replacing_file
 
-_JSON = "ema.json"
-_KIND, _VERSION = "kvfold ema checkpoint", 1
-_WHAT = "a checkpoint of `kvfold calibrate --ema-steps`"
+_VERSION = 1
+_WHAT = "a checkpoint of `kvfold calibrate`"
 
 
 class Checkpoint:
-    """The checkpoint in `folder`, which is made if its parent exists.
+    """The checkpoint called `name` in `folder`, which is made if its parent exists.
 
     Raises:
         InputError: the folder cannot be made.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, name: str = "ema") -> None:
         try:
             folder.mkdir(exist_ok=True)
         except OSError as error:
             came = f"{folder} ({error.strerror})"
             raise InputError("a folder for checkpoints", came, "choose another --checkpoint") from None
-        self.folder = folder
+        self.folder, self._name = folder, name
+        self._json, self._kind = folder / f"{name}.json", f"kvfold {name} checkpoint"
 
     def header(self) -> dict[str, Any] | None:
         """What `save` was given as `header`, or None if nothing was saved yet."""
-        if not (self.folder / _JSON).exists():
+        if not (self._json).exists():
             return None
-        header = read_json(self.folder / _JSON, _WHAT)
-        if header.get("kind") != _KIND or header.get("version") != _VERSION:
+        header = read_json(self._json, _WHAT)
+        if header.get("kind") != self._kind or header.get("version") != _VERSION:
             came = f"{header.get('kind')!r} version {header.get('version')!r} in {self.folder}"
-            raise InputError(f"{_KIND!r} version {_VERSION}", came, "start again in another --checkpoint folder")
+            raise InputError(f"{self._kind!r} version {_VERSION}", came, "start again in another --checkpoint folder")
         if missing := {"step", "steps", "config", "position", "tensors", "tensors_sha256"} - header.keys():
-            came = f"{self.folder / _JSON} without {', '.join(sorted(missing))}"
+            came = f"{self._json} without {', '.join(sorted(missing))}"
             raise InputError(_WHAT, came, "start again in another --checkpoint folder")
         return header
 
@@ -60,13 +60,13 @@ class Checkpoint:
 
     def save(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Replace the checkpoint by this one, of step `header["step"]`."""
-        file = self.folder / f"ema-{header['step']:08d}.safetensors"
+        file = self.folder / f"{self._name}-{header['step']:08d}.safetensors"
         with replacing_file(file) as fresh:
             save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, fresh)
-        own = {"kind": _KIND, "version": _VERSION, "tensors": file.name, "tensors_sha256": digest(file)}
-        with replacing_file(self.folder / _JSON) as fresh:
+        own = {"kind": self._kind, "version": _VERSION, "tensors": file.name, "tensors_sha256": digest(file)}
+        with replacing_file(self._json) as fresh:
             fresh.write_text(json.dumps({**header, **own}, indent=1) + "\n")
-        for old in self.folder.glob("ema-*.safetensors"):
+        for old in self.folder.glob(f"{self._name}-*.safetensors"):
             if old != file:
                 old.unlink()
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from kvfold.calibrate.divergence import Divergence
+from kvfold.calibrate.stages import EVERY, Stages
 from kvfold.codecs import Codec
 from kvfold.codecs.artifact import CodecSet
 from kvfold.codecs.residual import ResidualCodec
@@ -40,13 +41,20 @@ _WARM_UP = 5  # steps
 
 
 def distill(
-    model: Any, codecs: CodecSet, windows: Sequence[Tensor], steps: int, generator: torch.Generator, quiet: bool = False
+    model: Any,
+    codecs: CodecSet,
+    windows: Sequence[Tensor],
+    steps: int,
+    generator: torch.Generator,
+    stages: Stages | None = None,
+    quiet: bool = False,
 ) -> CodecSet:
     """`codecs` with codebooks trained for `steps` steps; `info["distill"]` tells steps and held-out divergence.
 
     Args:
         windows: token ids `[T]`; the last is held out if there is another.
         generator: on the CPU, of the order of passages.
+        stages: keeps every few steps on disk, and knows those of an interrupted run.
 
     Raises:
         InputError: a loss that is not finite.
@@ -57,7 +65,7 @@ def distill(
     model.eval()
     try:
         before = _divergence(model, started, held, device)
-        trained = _train(model, started, train, steps, generator, quiet)
+        trained = _train(model, started, train, steps, generator, stages, quiet)
         after = _divergence(model, trained, held, device)
     finally:
         model.train(training)
@@ -69,17 +77,23 @@ def distill(
 
 
 def _train(
-    model: Any, codecs: CodecSet, windows: Sequence[Tensor], steps: int, generator: torch.Generator, quiet: bool
+    model: Any,
+    codecs: CodecSet,
+    windows: Sequence[Tensor],
+    steps: int,
+    generator: torch.Generator,
+    stages: Stages | None,
+    quiet: bool,
 ) -> CodecSet:
     device = input_device(model)
-    live = replace(
-        codecs, keys=_each(codecs.keys, ResidualCodec.trainable), values=_each(codecs.values, ResidualCodec.trainable)
-    )
+    keys, values = (_each(side, ResidualCodec.trainable) for side in (codecs.keys, codecs.values))
+    live = replace(codecs, keys=keys, values=values)
     cache = StraightThroughCache(live, gathering=False)
     tables = [c.codebooks for c in (*live.keys, *live.values) if isinstance(c, ResidualCodec)]
     optimizer = torch.optim.Adam(tables, lr=RATE, betas=_BETAS, eps=1e-10)
-    with Progress("training codebooks", steps, quiet) as step:
-        for number in range(1, steps + 1):
+    done = _restore(stages.training(), tables, optimizer) if stages is not None and stages.step else 0
+    with Progress("training codebooks", steps - done, quiet) as step:
+        for number in range(done + 1, steps + 1):
             for group in optimizer.param_groups:
                 group["lr"] = RATE * min(number / _WARM_UP, 1 - (number - 1) / steps)
             ids = _passage(windows, generator).to(device)[None]
@@ -93,9 +107,30 @@ def _train(
             for table, gradient in zip(tables, torch.autograd.grad(loss, tables), strict=True):
                 table.grad = gradient
             optimizer.step()
+            if stages is not None and number % EVERY == 0:
+                stages.keep(number, steps, _state(tables, optimizer), generator)
             step(f"loss {float(loss.detach()):.4f}")
     rounded = lambda codec: codec.with_codebooks(codec.codebooks.detach())  # noqa: E731
     return replace(codecs, keys=_each(live.keys, rounded), values=_each(live.values, rounded))
+
+
+def _state(tables: Sequence[Tensor], optimizer: torch.optim.Adam) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    for index, table in enumerate(tables):
+        own = optimizer.state[table]
+        state |= {f"{index}.table": table.detach(), f"{index}.mean": own["exp_avg"], f"{index}.square": own["exp_avg_sq"]}
+        state["step"] = own["step"]
+    return state
+
+
+def _restore(state: dict[str, Tensor], tables: Sequence[Tensor], optimizer: torch.optim.Adam) -> int:
+    """Take over what `_state` gave; returns the steps done."""
+    for index, table in enumerate(tables):
+        with torch.no_grad():
+            table.copy_(state[f"{index}.table"])
+        mean, square = (state[f"{index}.{name}"].to(table.device) for name in ("mean", "square"))
+        optimizer.state[table] = {"step": state["step"].clone(), "exp_avg": mean, "exp_avg_sq": square}
+    return int(state["step"])
 
 
 def _each(codecs: Sequence[Codec | None], change: Any) -> tuple[Codec | None, ...]:

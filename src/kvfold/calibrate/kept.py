@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kvfold.calibrate.calibrate import calibrate
+from kvfold.calibrate.recipe import recipe_of
 from kvfold.codecs import resolve_settings
 from kvfold.codecs.artifact import CodecSet, load
 from kvfold.integration.spec import model_spec
@@ -29,18 +28,14 @@ def calibrate_or_load(
     folder = None
     if keep is not None:
         chosen = resolve_settings(codec, settings, model_spec(model).head_dim)
-        folder = keep / _name(model, [codec, chosen, seed, tokens, texts])
+        folder = keep / recipe_of(model, [codec, chosen, seed, tokens, texts])[:16]
         if folder.exists():
             return load(folder)
-    fitted = calibrate(model, tokenizer, texts, codec, seed, tokens=tokens, settings=settings, quiet=quiet)
+    more: dict[str, Any] = {"tokens": tokens, "settings": settings, "quiet": quiet}
     if folder is not None:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        more["checkpoint"] = folder.with_name(folder.name + ".training")
+    fitted = calibrate(model, tokenizer, texts, codec, seed, **more)
+    if folder is not None:
         fitted.save(folder)
     return fitted
-
-
-def _name(model: Any, recipe: list[Any]) -> str:
-    """A folder name that differs where the codecs would: by model, weights, and everything calibration was told."""
-    weights = [(name, float(p.double().sum()), float(p.double().square().sum())) for name, p in model.state_dict().items()]
-    facts = [model_spec(model).fingerprint(), weights, recipe]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

@@ -29,7 +29,10 @@ def calibrate(args: argparse.Namespace) -> None:
     texts = [parse_source(name) if ema or name.startswith(HUB) else read_text(Path(name)) for name in names] or None
     model, tokenizer = named_model(args)
     sizes = {"tokens": args.tokens, "context": args.context}
-    fitted = fit(model, tokenizer, texts, args.codec, args.seed, **sizes, settings=dict(args.changes), ema=ema)
+    out = Path(args.out)
+    stages = out.with_name(out.name + ".training")
+    changes = dict(args.changes)
+    fitted = fit(model, tokenizer, texts, args.codec, args.seed, **sizes, settings=changes, ema=ema, checkpoint=stages)
     if distributed.rank():
         return  # under torchrun, process 0 writes
     fitted.save(args.out)
