@@ -8,30 +8,38 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvfold.calibrate.checkpoint import Checkpoint
 from kvfold.codecs.artifact import CodecSet, load
+from kvfold.errors import InputError
 
 EVERY = 20  # steps between checkpoints
-_FITTED, _RANDOM = "fitted", "random"
+_NAME, _FITTED, _RANDOM = "training", "fitted", "random"
 
 
 class Stages:
-    """Stages of the calibration `recipe` in `folder`, which is made if its parent exists.
+    """Stages of the calibration `recipe` in `folder`, which is made when there is something to keep.
 
     Raises:
-        InputError: the folder cannot be made, or a file in it is damaged.
+        InputError: the folder's parent does not exist, or a file in it is damaged.
     """
 
     def __init__(self, folder: Path, recipe: str) -> None:
-        self._checkpoint, self._recipe = Checkpoint(folder, "training"), recipe
-        self._header = self._checkpoint.header()
-        if self._header is not None and self._header["config"] != recipe:
-            self._header = None
-        self._tensors = {} if self._header is None else self._checkpoint.tensors(self._header)
+        self._folder, self._recipe = folder, recipe
+        self._header: dict[str, Any] | None = None
+        self._tensors: dict[str, Tensor] = {}
+        if not folder.exists():
+            if not folder.parent.is_dir():
+                raise InputError("a folder for checkpoints", f"{folder}, whose parent does not exist", "choose another")
+            return
+        checkpoint = Checkpoint(folder, _NAME)
+        header = checkpoint.header()
+        if header is not None and header["config"] == recipe:
+            self._header, self._tensors = header, checkpoint.tensors(header)
 
     @property
     def step(self) -> int | None:
@@ -41,7 +49,7 @@ class Stages:
     def fitted(self, generator: torch.Generator) -> CodecSet:
         """The fitted codecs, if `step` is not None; `generator` goes on from where it stood."""
         generator.set_state(self._tensors[_RANDOM])
-        return load(self._checkpoint.folder / _FITTED)
+        return load(self._folder / _FITTED)
 
     def training(self) -> dict[str, Tensor]:
         """What `keep` was given at `step`."""
@@ -49,14 +57,15 @@ class Stages:
 
     def keep_fitted(self, codecs: CodecSet, steps: int, generator: torch.Generator) -> None:
         """Codecs are fitted; `steps` of training are to come."""
-        codecs.save(self._checkpoint.folder / _FITTED)
+        self._folder.mkdir(exist_ok=True)
+        codecs.save(self._folder / _FITTED)
         self.keep(0, steps, {}, generator)
 
     def keep(self, step: int, steps: int, tensors: dict[str, Tensor], generator: torch.Generator) -> None:
         """`step` of `steps` steps are done."""
         header = {"step": step, "steps": steps, "config": self._recipe, "position": None}
-        self._checkpoint.save(header, {**tensors, _RANDOM: generator.get_state()})
+        Checkpoint(self._folder, _NAME).save(header, {**tensors, _RANDOM: generator.get_state()})
 
     def remove(self) -> None:
         """The calibration is done and its result is safe."""
-        shutil.rmtree(self._checkpoint.folder, ignore_errors=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
