@@ -13,6 +13,7 @@ from tiny import tiny_model, tiny_tokenizer
 import kvfold
 from kvfold.calibrate.finetune import FinetuneSettings
 from kvfold.calibrate.text import builtin_text
+from kvfold.codecs import METHODS
 from kvfold.codecs.identity import IdentityCodec
 from kvfold.evaluate.ablate import ABLATIONS, ablate
 
@@ -117,3 +118,15 @@ def test_codecs_kept_by_one_ablation_serve_the_next(tmp_path: Path, monkeypatch:
     monkeypatch.undo()
     run("target", keep=tmp_path / "kept", seed=1)
     assert len(list((tmp_path / "kept").iterdir())) == 2
+
+
+def test_the_steps_from_the_papers_codes_to_ours_end_at_the_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    variants = ABLATIONS["rvq"][1]
+    first, last = ({**METHODS["rvq"].defaults, **variant.calibration} for variant in (variants[0], variants[-1]))
+    assert last == METHODS["rvq"].defaults
+    assert first == {**METHODS["rvq-paper"].defaults, "codebook_size": METHODS["rvq"].defaults["codebook_size"]}
+    for variant in variants:  # so that the test is done in a moment
+        monkeypatch.setitem(variant.calibration, "distill_steps", min(2, variant.calibration["distill_steps"]))
+    rows = run("rvq", codec="rvq", settings={**SMALL, "stages": 4})
+    assert rows[-2].evaluation.kl_mean < rows[0].evaluation.kl_mean
+    assert [row.settings["beam"] for row in rows] == [1, 1, 1, 1, 4, 4]

@@ -67,6 +67,25 @@ def _contiguous(group: int = 32) -> dict[str, Any]:
     return {"group": group, "key_groups": "contiguous"}
 
 
+def _steps_beyond() -> list[Variant]:
+    """From the paper's codes to those of the preset `rvq` with as many codewords, a change a row."""
+    paper, ours = method("rvq-paper").defaults, method("rvq").defaults
+    changes: list[tuple[str, dict[str, Any]]] = [
+        ("the paper's codes", {name: paper[name] for name in ours if paper[name] != ours[name] and name != "codebook_size"}),
+        ("+ codebooks of a head's own, 8 bits", {"sharing": "head", "codebook_dtype": "float8"}),
+        ("+ scale in a byte, a stage of values", {"scale_bits": 8, "extra_value_stages": 1}),
+        ("+ search weighted by sensitivity", {"weight_power": 0.5}),
+        ("+ beam of 4", {"beam": 4}),
+        ("+ training end to end", {"distill_steps": ours["distill_steps"]}),
+    ]
+    settings: dict[str, Any] = {}
+    variants = []
+    for name, change in changes:
+        settings = {**settings, **change}
+        variants.append(Variant(name, settings, _same))
+    return variants
+
+
 ABLATIONS: dict[str, tuple[str, list[Variant]]] = {
     "size": (
         "codewords by stages (paper, table 2)",
@@ -81,6 +100,7 @@ ABLATIONS: dict[str, tuple[str, list[Variant]]] = {
             Variant("keys and values, group 64", {"group": 64}, _same),
         ],
     ),
+    "rvq": ("what makes the preset rvq better than the paper's codes", _steps_beyond()),
     "target": (
         "what is coded (paper, table 1)",
         [
