@@ -66,7 +66,7 @@ struct Step {
   static void make_tables(const Books& books, const int32_t* book, const float* query, float* tables) {
     const int64_t dim = books.dim, padded = books.padded_size(), head_dim = books.head_dim();
     for (int64_t l = 0; l < books.codes(); l++) {
-      const float* columns = books.columns.data() + book[l] * dim * padded;
+      const float* columns = books.columns(book[l]);
       const float* part = query + l % books.groups * dim;
       float* table = tables + l * books.size * kWidth;
       constexpr int kBunch = kWidth == 4 ? 4 : 2;  // lane vectors of codewords at a time; the columns are padded to many

@@ -108,19 +108,27 @@ Books::Books(const float* codebooks, int64_t count, int64_t size, int64_t dim, c
   }
   rows.assign(codebooks, codebooks + count * size * dim);
   const int64_t padded = padded_size();
-  columns.assign(count * dim * padded, 0.0f);
   half_norms.assign(count * padded, std::numeric_limits<float>::infinity());
   for (int64_t m = 0; m < count; m++)
     for (int64_t c = 0; c < size; c++) {
       float square = 0;
       for (int64_t j = 0; j < dim; j++) {
         const float x = table(m)[c * dim + j];
-        columns[(m * dim + j) * padded + c] = x;
         square += x * x;
       }
       half_norms[m * padded + c] = square * 0.5f;
     }
   longest = longest_vectors(*this, longest_codewords(*this, rows));
+}
+
+const float* Books::columns(int64_t m) const {
+  std::call_once(columns_made, [this] {
+    columns_.assign(count * dim * padded_size(), 0.0f);
+    for (int64_t i = 0; i < count; i++)
+      for (int64_t c = 0; c < size; c++)
+        for (int64_t j = 0; j < dim; j++) columns_[(i * dim + j) * padded_size() + c] = table(i)[c * dim + j];
+  });
+  return columns_.data() + m * dim * padded_size();
 }
 
 const Books::Integers& Books::integers() const {

@@ -50,7 +50,6 @@ struct Books {
   std::vector<int32_t> book;           // [G][S * P]: index of the codebook of each code
   std::vector<int32_t> channels;       // [P * d]
   Aligned<float> rows;                 // [M][C][d]
-  Aligned<float> columns;              // [M][d][padded C]: entry j of all codewords side by side; padding is 0
   Aligned<float> half_norms;           // [M][padded C]: ||codeword||^2 / 2; padding is infinite
   std::vector<float> longest;          // [G]: no decoded vector of head g, scale 1, is longer
 
@@ -72,6 +71,9 @@ struct Books {
   };
   const Tiles& tiles() const;  // made at the first call
 
+  // [d][padded C] of codebook m: entry j of all codewords side by side; padding is 0. Made at the first call.
+  const float* columns(int64_t m) const;
+
   int64_t codes() const { return stages * groups; }
   int64_t head_dim() const { return groups * dim; }
   int64_t padded_size() const { return (size + 63) / 64 * 64; }
@@ -82,7 +84,8 @@ struct Books {
         int64_t groups, const int64_t* channels);
 
  private:
-  mutable std::once_flag integers_made, tiles_made;
+  mutable std::once_flag columns_made, integers_made, tiles_made;
+  mutable Aligned<float> columns_;
   mutable Integers integers_;
   mutable Tiles tiles_;
 };

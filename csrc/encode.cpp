@@ -223,12 +223,6 @@ void encode(const EncodeCall& call) {
     const int64_t block = item % blocks, p = item / blocks % groups, pair = item / blocks / groups;
     const int64_t first = block * kBlock, count = std::min(kBlock, call.tokens - first);
     const int32_t* book = books.book.data() + pair % heads * books.codes();
-    std::vector<Stage> stages;
-    for (int64_t s = 0; s < depth; s++) {
-      const int64_t m = book[s * groups + p];
-      stages.push_back({books.columns.data() + m * dim * books.padded_size(), books.half_norms.data() + m * books.padded_size(),
-                        books.table(m)});
-    }
     Aligned<float> x(kBlock * dim, 0.0f);
     for (int64_t i = 0; i < count; i++)
       std::copy_n(call.vectors + ((pair * call.tokens + first + i) * groups + p) * dim, dim, x.data() + i * dim);
@@ -244,6 +238,11 @@ void encode(const EncodeCall& call) {
       return;
     }
 #endif
+    std::vector<Stage> stages;
+    for (int64_t s = 0; s < depth; s++) {
+      const int64_t m = book[s * groups + p];
+      stages.push_back({books.columns(m), books.half_norms.data() + m * books.padded_size(), books.table(m)});
+    }
     if (call.beam == 1) {
       std::vector<int32_t> codes(depth * kBlock);
       encode_greedy(call, stages, count, x.data(), codes.data());
