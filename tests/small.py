@@ -26,7 +26,7 @@ SPEC = ModelSpec(
 )
 
 
-def samples(tokens: int = 300, seed: int = 0, heads: int = HEADS, dim: int = DIM) -> Tensor:
+def samples(tokens: int = 304, seed: int = 0, heads: int = HEADS, dim: int = DIM) -> Tensor:
     """`[G, N, D]` with channels of different size and mean, as keys have."""
     draw = torch.Generator().manual_seed(seed)
     return torch.randn(heads, tokens, dim, generator=draw) * torch.linspace(0.2, 2, dim) + torch.linspace(-1, 1, dim)

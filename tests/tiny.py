@@ -26,7 +26,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from kvfold.cache.cache import CompressedCache
-from kvfold.codecs import build_codec, resolve_settings
+from kvfold.codecs import METHODS, build_codec, resolve_settings
 from kvfold.codecs.artifact import CodecSet
 from kvfold.compat import cache_argument
 from kvfold.integration.attach import hooked
@@ -151,7 +151,8 @@ def tiny_codecs(family: str, method: str = "rvq", **changes: Any) -> CodecSet:
     """Codecs fitted on keys and values of random tokens."""
     model = tiny_model(family)
     spec = model_spec(model)
-    small = {"group": 4, "codebook_size": 16, "stages": 2, "iterations": 3} if method.startswith("rvq") else {}
+    small = {"group": 4, "codebook_size": 16, "stages": 2, "iterations": 3}
+    small = {name: value for name, value in small.items() if name in METHODS[method].defaults}
     settings = resolve_settings(method, {**small, **changes}, spec.head_dim)
     generator = torch.Generator().manual_seed(0)
     cache = CaptureCache(spec, build_codec(method, "key", spec.head_dim, settings).pre_rope)
@@ -163,8 +164,8 @@ def tiny_codecs(family: str, method: str = "rvq", **changes: Any) -> CodecSet:
     samples = [cache.samples(i) for i in range(len(spec.layers))]
     for side, number in (("key", 0), ("value", 1)):
         codecs = []
-        for layer, pair in zip(spec.layers, samples, strict=True):
-            codec = build_codec(method, side, spec.head_dim, settings) if layer.coded else None
+        for index, (layer, pair) in enumerate(zip(spec.layers, samples, strict=True)):
+            codec = build_codec(method, side, spec.head_dim, settings, index) if layer.coded else None
             if codec is not None:
                 codec.fit(pair[number], generator)
             codecs.append(codec)

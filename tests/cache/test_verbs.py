@@ -92,10 +92,11 @@ def contents(cache: kvfold.CompressedCache) -> list[Tensor]:
     return found
 
 
+@pytest.mark.parametrize("method", ["rvq", "kivi"])  # kivi codes keys in blocks of tokens
 @pytest.mark.parametrize("verb", [v for v in VERBS if v not in ("reset", "crop into the sinks")])
-def test_rvq_verbs_act_on_codes_without_touching_their_values(verb: str) -> None:
+def test_verbs_act_on_codes_without_touching_their_values(verb: str, method: str) -> None:
     model = tiny_model("llama")
-    with kvfold.attach(model, tiny_codecs("llama"), **SIZES) as attached:
+    with kvfold.attach(model, tiny_codecs("llama", method), **SIZES) as attached:
         cache = attached.new_cache()
         prefill(model, cache)
     before = contents(cache)
@@ -105,6 +106,22 @@ def test_rvq_verbs_act_on_codes_without_touching_their_values(verb: str) -> None
         stand_in.update(old, old, 0)
         VERBS[verb](stand_in)
         torch.testing.assert_close(new, stand_in.layers[0].keys, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("removed", [1, 7, 13, 20, 33, 38, 40])
+def test_a_block_that_is_cut_is_coded_again_when_it_is_full(removed: int) -> None:
+    """What is left of it reads as before until then, and the cache goes on."""
+    model = tiny_model("llama")
+    with kvfold.attach(model, tiny_codecs("llama", "kivi"), **SIZES) as attached:
+        cache = attached.new_cache()
+        mask = prefill(model, cache)["attention_mask"][:, : 40 - removed]
+        cache.crop(-removed)
+        for layer in cache.coded_layers:
+            assert layer.past.tokens % 4 == 0
+            assert layer.length == 40 - removed
+            assert layer.exact["sink_keys"].shape[2] + layer.past.tokens + layer.exact["keys"].shape[2] == layer.length
+        continue_with(model, cache, mask, 30)
+        assert all(layer.coded == layer._boundary(70 - removed) for layer in cache.coded_layers)
 
 
 def test_codes_are_appended_and_never_recoded() -> None:

@@ -24,7 +24,7 @@ def codec(request: pytest.FixtureRequest) -> Codec:
     return fitted(*request.param)
 
 
-def vectors(batch: int = 2, tokens: int = 23) -> Tensor:
+def vectors(batch: int = 2, tokens: int = 24) -> Tensor:
     return torch.stack([samples(tokens, seed) for seed in range(1, batch + 1)])
 
 
@@ -37,7 +37,7 @@ def assert_same(got: Codes, expected: Codes) -> None:
 def test_decoded_vectors_are_finite_float32_of_the_same_shape(codec: Codec) -> None:
     decoded = codec.decode(codec.encode(vectors()))
     assert decoded.dtype == torch.float32
-    assert decoded.shape == (2, HEADS, 23, DIM)
+    assert decoded.shape == (2, HEADS, 24, DIM)
     assert bool(decoded.isfinite().all())
 
 
@@ -50,8 +50,8 @@ def test_decoded_vectors_are_near_what_was_encoded(codec: Codec) -> None:
 
 def test_every_field_has_batch_head_and_token_axes(codec: Codec) -> None:
     codes = codec.encode(vectors())
-    assert codes.tokens == 23
-    assert all(tensor.shape[:3] == (2, HEADS, 23) for tensor in codes.fields.values())
+    assert codes.tokens == 24
+    assert all(tensor.shape[:3] == (2, HEADS, 24) for tensor in codes.fields.values())
 
 
 def test_bits_per_element_are_the_bits_in_memory(codec: Codec) -> None:
@@ -73,12 +73,25 @@ def test_a_restored_codec_is_the_same_codec(codec: Codec) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:std")  # of no tokens
-@pytest.mark.parametrize(("start", "stop"), [(0, 1), (5, 17), (22, 23), (7, 7)])
-def test_tokens_are_coded_independently(codec: Codec, start: int, stop: int) -> None:
+@pytest.mark.parametrize(("start", "stop"), [(0, 1), (5, 17), (22, 24), (7, 7)])
+def test_blocks_of_tokens_are_coded_independently(codec: Codec, start: int, stop: int) -> None:
     x = vectors()
+    start, stop = (-(-slot // codec.block) * codec.block for slot in (start, stop))
     codes = codec.encode(x)
     assert_same(codec.encode(x[:, :, start:stop]), codes.slice(start, stop))
     assert torch.equal(codec.decode(codes.slice(start, stop)), codec.decode(codes)[:, :, start:stop])
+
+
+def test_tokens_that_fill_no_block_are_refused(codec: Codec) -> None:
+    if codec.block > 1:
+        with pytest.raises(InputError, match=f"a multiple of {codec.block} tokens; got 23"):
+            codec.encode(vectors(tokens=23))
+
+
+def test_decoded_vectors_are_latents_in_a_basis(codec: Codec) -> None:
+    if codec.basis is not None:
+        codes = codec.encode(vectors())
+        assert torch.equal(codec.decode(codes), codec.latent(codes) @ codec.basis)
 
 
 def test_batch_rows_are_coded_independently(codec: Codec) -> None:
@@ -110,7 +123,7 @@ def test_encoding_leaves_its_input_alone(codec: Codec) -> None:
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
 def test_nan_and_infinity_are_refused(codec: Codec, poison: float) -> None:
     x = vectors()
-    x[1, 1, 22, 3] = poison
+    x[1, 1, 23, 3] = poison
     with pytest.raises(InputError, match="finite"):
         codec.encode(x)
 
@@ -148,11 +161,11 @@ def test_learned_tensors_can_be_saved(codec: Codec) -> None:
 @pytest.mark.parametrize(("key_name", "value_name"), itertools.product(METHODS, METHODS))
 def test_attention_on_codes_is_attention_on_decoded_vectors(key_name: str, value_name: str) -> None:
     keys, values = fitted(key_name, "key"), fitted(value_name, "value")
-    key_codes, value_codes = keys.encode(vectors(tokens=1100)), values.encode(vectors(tokens=1100).flip(2))
-    query, mask = torch.randn(2, 3 * HEADS, 4, DIM), torch.rand(2, 1, 4, 1100) < 0.5
+    key_codes, value_codes = keys.encode(vectors(tokens=1104)), values.encode(vectors(tokens=1104).flip(2))
+    query, mask = torch.randn(2, 3 * HEADS, 4, DIM), torch.rand(2, 1, 4, 1104) < 0.5
     rotation, k = None, keys.decode(key_codes)
     if keys.pre_rope:
-        positions = (torch.arange(1100) - torch.tensor([[0], [9]])).clamp_min(0)
+        positions = (torch.arange(1104) - torch.tensor([[0], [9]])).clamp_min(0)
         rotation = ops.Rotation(positions, torch.tensor([1.0, 0.1, 0.01]), 1.1, False)
         k = ops.rotate(k, *rotation)
     got = attend(query, (keys, key_codes), (values, value_codes), rotation, mask, 0.25, 30.0)

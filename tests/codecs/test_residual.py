@@ -7,6 +7,7 @@ import torch
 from small import DIM, HEADS, fit, fitted, samples
 from torch import Tensor
 
+from kvfold.codecs.base import Facts
 from kvfold.codecs.residual import ResidualCodec, ResidualSettings
 from kvfold.errors import InputError
 from kvfold.ops import Coded
@@ -342,7 +343,7 @@ def test_a_weighted_search_lowers_the_error_that_is_felt(grouping: str, sharing:
             group=8, codebook_size=12, stages=4, beam=4, grouping=grouping, sharing=sharing, weight_power=power
         )
         codec = ResidualCodec(DIM, settings)
-        codec.fit(samples(), torch.Generator().manual_seed(0), sensitivity=sensitivity())
+        codec.fit(samples(), torch.Generator().manual_seed(0), facts=Facts(sensitivity=sensitivity()))
         return codec
 
     plain, weighted = made(0.0), made(1.0)
@@ -361,14 +362,14 @@ def test_weights_of_one_size_change_nothing() -> None:
     even = torch.eye(DIM).expand(HEADS, -1, -1) * 7.0
     codec = ResidualCodec(DIM, ResidualSettings(group=8, codebook_size=12, stages=3, weight_power=0.5))
     plain = ResidualCodec(DIM, ResidualSettings(group=8, codebook_size=12, stages=3))
-    codec.fit(samples(), torch.Generator().manual_seed(0), sensitivity=even)
+    codec.fit(samples(), torch.Generator().manual_seed(0), facts=Facts(sensitivity=even))
     plain.fit(samples(), torch.Generator().manual_seed(0))
     assert abs(codec.distortion(samples()) / plain.distortion(samples()) - 1) < 0.1
 
 
 def test_codebooks_that_are_trained_take_gradients_and_are_searched_as_they_are() -> None:
     codec = ResidualCodec(DIM, ResidualSettings(group=8, codebook_size=12, stages=3, weight_power=0.5))
-    codec.fit(samples(), torch.Generator().manual_seed(0), sensitivity=sensitivity())
+    codec.fit(samples(), torch.Generator().manual_seed(0), facts=Facts(sensitivity=sensitivity()))
     live, x = codec.trainable(), samples(40)[None]
     with torch.no_grad():
         codes = live.encode(x)

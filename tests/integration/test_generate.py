@@ -51,9 +51,10 @@ def test_identity_gives_the_stock_text(family: str, way: str) -> None:
     assert got.tolist() == want.tolist()
 
 
+@pytest.mark.parametrize("method", ["rvq", "kivi"])
 @pytest.mark.parametrize("way", ["prompt lookup", "assistant"])
-def test_assisted_decoding_on_codes_equals_greedy_on_codes(way: str) -> None:
-    model, codecs, inputs = tiny_model("llama"), tiny_codecs("llama"), prompts("prompt lookup")
+def test_assisted_decoding_on_codes_equals_greedy_on_codes(way: str, method: str) -> None:
+    model, codecs, inputs = tiny_model("llama"), tiny_codecs("llama", method), prompts("prompt lookup")
     how = WAYS[way] if way in WAYS else {"do_sample": False, "assistant_model": tiny_model("llama")}
     with kvfold.attach(model, codecs, **SIZES) as attached:
         want = run(model, inputs, WAYS["greedy"], tokens=40)

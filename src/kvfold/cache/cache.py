@@ -72,7 +72,7 @@ class CompressedCache(Cache):
             codes, down to half of them; a pass that would need more even so raises CacheFullError beforehand.
         sinks: first tokens (slots) kept exact.
         window: newest tokens kept exact; with 0 even the token itself is read as codes.
-        block: tokens that leave the window together, 1 if the window is 0.
+        block: tokens that leave the window together, 1 if the window is 0; otherwise a multiple of it that the codecs can code.
 
     Attributes:
         input_ids: tokens that `load_cache` found beside a saved cache, or None.
@@ -97,7 +97,9 @@ class CompressedCache(Cache):
             if number < least:
                 raise InputError(f"{name} of at least {least}", str(number), f"raise {name}")
         self.codecs, self.config, self.max_bytes = codecs, config, max_bytes
-        self.sinks, self.window, self.block = sinks, window, block if window else 1
+        self._unit = math.lcm(*(codec.block for codec in (*codecs.keys, *codecs.values) if codec is not None))
+        self.sinks, self.window = sinks, window
+        self.block = 1 if block == 1 or not window else math.lcm(block, self._unit)
         self.input_ids: Tensor | None = None
         self.positions = Positions(codecs.spec.switch_length)
         self._sliding_before: list[tuple[Any, dict[str, Any]]] = []
@@ -170,7 +172,9 @@ class CompressedCache(Cache):
         element = next((x.dtype.itemsize for layer in self.coded_layers for x in layer.exact.values()), 4)
         for layer in self.layers:
             coded = isinstance(layer, CodedLayer)
-            exact = min(tokens, self.sinks + self.window + self.block - 1 if coded else dense_window(layer))
+            exact = min(
+                tokens, self.sinks + self.window + math.lcm(self.block, self._unit) - 1 if coded else dense_window(layer)
+            )
             total += 2 * exact * spec.kv_heads * spec.head_dim * element
         return total * batch
 

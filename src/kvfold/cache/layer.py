@@ -3,7 +3,8 @@
 How many slots are coded depends only on how many there are: with `n` tokens, `s` sinks, a window of `w` and blocks of
 `k`, slots `s .. s + k * floor((n - s - w) / k) - 1`. Every query of a forward pass reads the cache as it would have been
 had its tokens come one by one, so a prompt gives the same result whole, in chunks, or token by token. A block is coded
-once, when it leaves the window of the pass's last query.
+once, when it leaves the window of the pass's last query. Methods that code tokens together (`Codec.block`) make `k` a multiple
+of what they need; but with `k = 1`, for evaluation, a query reads as codes every token outside its window that the pass coded.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class CodedLayer(CacheLayerMixin):
         kv_heads: `G`.
         sinks: first tokens kept exact.
         window: newest tokens kept exact, at least; up to `block - 1` more wait until a block is full.
-        block: tokens coded together.
+        block: tokens that leave the window together: 1, or a multiple of what the codecs code together.
     """
 
     is_sliding = False
@@ -58,6 +59,8 @@ class CodedLayer(CacheLayerMixin):
         super().__init__()
         self.key_codec, self.value_codec = key_codec, value_codec
         self.sinks, self.window, self.block = sinks, window, block
+        self._together = math.lcm(key_codec.block, value_codec.block)  # tokens whose codes cannot be told apart
+        self.unit = math.lcm(block, self._together)  # tokens coded at once
         self.kv_heads = kv_heads
         self.rope = rope if key_codec.pre_rope else None
         self._factor = rope.factor if rope else 1.0
@@ -149,6 +152,7 @@ class CodedLayer(CacheLayerMixin):
             self.exact["sink_" + name] = self.exact["sink_" + name][:, :, : self.length]
             self.exact[name] = self.exact[name][:, :, : max(0, self.length - self._tail_start)]
         coded = max(min(self._boundary(self.length), self.coded), min(self._tail_start, self.length))
+        coded -= self._reopen(coded)
         self.past.crop(coded - self.sinks)
         self._tail_start = max(self.sinks, min(self._tail_start, self.length))
         self._trim()
@@ -220,12 +224,27 @@ class CodedLayer(CacheLayerMixin):
 
     def _boundary(self, length: int) -> int:
         """First slot behind the coded ones when there are `length` tokens; `sinks` if none is coded."""
-        return self.sinks + max(0, length - self.sinks - self.window) // self.block * self.block
+        return self.sinks + max(0, length - self.sinks - self.window) // self.unit * self.unit
 
     def _boundaries(self, old: int, before: int) -> Tensor:
         lengths = torch.arange(old + 1, self.length + 1, device=self.device)
         due = self.sinks + (lengths - self.sinks - self.window).clamp_min(0) // self.block * self.block
-        return due.clamp_min(before)
+        return due.clamp(before, self.coded)
+
+    def _reopen(self, coded: int) -> int:
+        """Before slots from `coded` on are dropped: the codes of a block that this would cut become exact tokens again, as they
+        decode. Returns how many that are; 0 unless tokens are coded together."""
+        cut = (coded - self.sinks) % self._together if self.sinks < coded < self.coded else 0
+        if cut:
+            start, segment = coded - cut - self.sinks, self.past.segments[-1]
+            stores = {"keys": (self.key_codec, segment.keys), "values": (self.value_codec, segment.values)}
+            for name, (codec, store) in stores.items():
+                codes = store.codes()
+                assert codes is not None
+                decoded = codec.decode(codes.slice(start, start + self._together))[:, :, :cut]
+                self.exact[name] = decoded.to(self.dtype)
+            self._tail_start = coded - cut
+        return cut
 
     def _encode_until(self, boundary: int) -> None:
         start = self.coded

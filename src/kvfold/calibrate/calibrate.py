@@ -28,6 +28,7 @@ from kvfold.calibrate.stream import first_windows
 from kvfold.calibrate.text import builtin_text, own_samples
 from kvfold.codecs import Codec, Side, build_codec, resolve_settings
 from kvfold.codecs.artifact import CodecSet
+from kvfold.codecs.base import Facts
 from kvfold.config import ModelSpec
 from kvfold.errors import InputError
 from kvfold.integration.capture import CaptureCache, capturing
@@ -101,7 +102,10 @@ def calibrate(
 def _blank(spec: ModelSpec, method: str, settings: dict[str, Any], info: dict[str, Any]) -> CodecSet:
     """A set of unfitted codecs."""
     keys, values = (
-        tuple(build_codec(method, side, spec.head_dim, settings) if layer.coded else None for layer in spec.layers)
+        tuple(
+            build_codec(method, side, spec.head_dim, settings, i) if layer.coded else None
+            for i, layer in enumerate(spec.layers)
+        )
         for side in ("key", "value")
     )
     return CodecSet(method, settings, spec, keys, values, info)
@@ -137,7 +141,7 @@ def _fit_codecs(model: Any, blank: CodecSet, windows: list[Tensor], generator: t
     coded = [codec for codec in blank.keys if codec is not None]
     steps = blank.settings.get("distill_steps", 0)
     read = _spread(windows, READ_TOKENS)
-    felt = [w[:_SENSITIVITY_CONTEXT] for w in _spread(read, 2 * SENSITIVITY_TOKENS)] if coded[0].uses_sensitivity else []
+    felt = [w[:_SENSITIVITY_CONTEXT] for w in _spread(read, 2 * SENSITIVITY_TOKENS)] if "sensitivity" in coded[0].wants else []
     if not quiet:
         seen = sum(map(len, read))
         size = 2 * len(coded) * min(seen, SAMPLE_TOKENS) * spec.kv_heads * spec.head_dim * 4
@@ -219,12 +223,11 @@ def _fit(
                 values.append(None)
                 distortion.append(None)
                 continue
-            key = build_codec(method, "key", spec.head_dim, settings)
-            value = build_codec(method, "value", spec.head_dim, settings)
+            key, value = (build_codec(method, side, spec.head_dim, settings, index) for side in sides)
             errors = []
             felt = moments[index] if moments else (None, None)
             for codec, sample, moment in zip((key, value), samples, felt, strict=True):
-                codec.fit(sample, generator, step, moment)
+                codec.fit(sample, generator, step, Facts(sensitivity=moment))
                 errors.append(codec.distortion(sample[:, :2048]))
             keys.append(key)
             values.append(value)

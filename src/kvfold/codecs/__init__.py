@@ -12,12 +12,13 @@ from typing import Any
 
 from kvfold.codecs.base import Codec, Side
 from kvfold.codecs.identity import IdentityCodec
+from kvfold.codecs.kivi import KiviCodec
 from kvfold.codecs.residual import ResidualCodec, ResidualSettings
 from kvfold.codecs.turboquant import TurboQuantCodec
 from kvfold.errors import InputError
 from kvfold.packing import packed_bytes
 
-KINDS: dict[str, type[Codec]] = {codec.kind: codec for codec in (IdentityCodec, ResidualCodec, TurboQuantCodec)}
+KINDS: dict[str, type[Codec]] = {codec.kind: codec for codec in (IdentityCodec, KiviCodec, ResidualCodec, TurboQuantCodec)}
 
 
 @dataclass(frozen=True)
@@ -28,16 +29,16 @@ class Method:
         summary: one line.
         source: paper or "kvfold".
         defaults: settings by name; `--set name=value` replaces one.
-        build: `(side, head_dim, settings) -> Codec`, unfitted.
+        build: `(side, head_dim, settings, layer) -> Codec`, unfitted.
     """
 
     summary: str
     source: str
     defaults: dict[str, Any]
-    build: Callable[[Side, int, dict[str, Any]], Codec]
+    build: Callable[[Side, int, dict[str, Any], int], Codec]
 
 
-def _build_residual(side: Side, head_dim: int, settings: dict[str, Any]) -> Codec:
+def _build_residual(side: Side, head_dim: int, settings: dict[str, Any], layer: int) -> Codec:
     own = {field.name: settings[field.name] for field in fields(ResidualSettings) if field.name in settings}
     if side == "value":
         own["stages"] += settings["extra_value_stages"]
@@ -46,12 +47,13 @@ def _build_residual(side: Side, head_dim: int, settings: dict[str, Any]) -> Code
     return ResidualCodec(head_dim, ResidualSettings(**own, grouping=grouping, pre_rope=pre_rope))
 
 
-def _build_identity(side: Side, head_dim: int, settings: dict[str, Any]) -> Codec:
-    return IdentityCodec(head_dim, **settings)
+def _same_for_all(kind: type[Codec]) -> Callable[[Side, int, dict[str, Any], int], Codec]:
+    """Of a method whose codecs take its settings as they are, on either side and in every layer."""
+    return lambda side, head_dim, settings, layer: kind.restore(head_dim, settings, {})
 
 
-def _build_turboquant(side: Side, head_dim: int, settings: dict[str, Any]) -> Codec:
-    return TurboQuantCodec(head_dim, **settings)
+def _build_kivi(side: Side, head_dim: int, settings: dict[str, Any], layer: int) -> Codec:
+    return KiviCodec(head_dim, "channel" if side == "key" else "token", settings["bits"], settings["group"])
 
 
 _PAPER: dict[str, Any] = {
@@ -90,9 +92,20 @@ METHODS: dict[str, Method] = {
     ),
     "rvq-paper": Method("residual VQ, 8 stages of 2048 codewords, greedy", _SOURCE, _PAPER, _build_residual),
     "turboquant": Method(
-        "random rotation, Lloyd-Max levels", "Zandieh et al. 2025, arXiv 2504.19874", {"bits": 2}, _build_turboquant
+        "random rotation, Lloyd-Max levels",
+        "Zandieh et al. 2025, arXiv 2504.19874",
+        {"bits": 2},
+        _same_for_all(TurboQuantCodec),
     ),
-    "identity": Method("no compression, the cache's own yardstick", "kvfold", {"dtype": "float32"}, _build_identity),
+    "kivi": Method(
+        "integers between minimum and maximum, keys per channel, values per token",
+        "Liu et al. 2024, arXiv 2402.02750",
+        {"bits": 2, "group": 32},
+        _build_kivi,
+    ),
+    "identity": Method(
+        "no compression, the cache's own yardstick", "kvfold", {"dtype": "float32"}, _same_for_all(IdentityCodec)
+    ),
 }
 
 _CHOICES = {
@@ -138,9 +151,9 @@ def resolve_settings(name: str, changes: dict[str, Any], head_dim: int) -> dict[
     return settings
 
 
-def build_codec(name: str, side: Side, head_dim: int, settings: dict[str, Any]) -> Codec:
-    """An unfitted codec of method `name` for one side of one layer; `settings` as `resolve_settings` returns them."""
-    return method(name).build(side, head_dim, settings)
+def build_codec(name: str, side: Side, head_dim: int, settings: dict[str, Any], layer: int = 0) -> Codec:
+    """An unfitted codec of method `name` for one side of layer `layer`; `settings` as `resolve_settings` returns them."""
+    return method(name).build(side, head_dim, settings, layer)
 
 
 def _convert(key: str, value: Any, to: type) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -16,14 +17,41 @@ from kvfold.errors import InputError
 Side = Literal["key", "value"]
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What `fit` may know of the model beside samples. Each is None unless the codec asks for it by name (`Codec.wants`).
+
+    Attributes:
+        sensitivity: float32 `[G, D, D]`, second moment of the loss's gradient by such vectors.
+        projection: float32 `[G, D, N]`, the weights that make the vectors from the layer's input of `N` channels.
+        demand: float32 `[G, D, D]`, what weighs an error `e` as `e' demand e`: the second moment of the queries that meet a
+            key head, or the Gram matrix of the output projection of the query heads that a value head serves.
+    """
+
+    sensitivity: Tensor | None = None
+    projection: Tensor | None = None
+    demand: Tensor | None = None
+
+
+NO_FACTS = Facts()
+
+
 class Codec(ABC):
     """Codec of one layer's keys or values. Immutable once fitted; shared by every cache that uses it.
 
-    A subclass sets `kind` (its name in codecs.json) and `pre_rope` (True: keys are handed over before RoPE).
+    A subclass sets `kind` (its name in codecs.json), and where it differs:
+
+    Attributes:
+        pre_rope: keys are handed over before RoPE.
+        block: tokens that are coded together. `encode` takes a multiple of them and `Codes` are cut at multiples only. What a
+            block has in common is striped over its tokens (`codes.stripe`). Keys of blocks are coded after RoPE.
+        wants: names of the `Facts` that `fit` asks for.
     """
 
     kind: ClassVar[str]
     pre_rope: bool = False
+    block: int = 1
+    wants: frozenset[str] = frozenset()
 
     def __init__(self, head_dim: int) -> None:
         self.head_dim = head_dim
@@ -32,10 +60,12 @@ class Codec(ABC):
         """Codes of `x [B, G, T, D]`.
 
         Raises:
-            InputError: NaN or Inf in `x`, or another head dim than the codec's.
+            InputError: NaN or Inf in `x`, another head dim than the codec's, or tokens that fill no whole number of blocks.
         """
         if x.shape[-1] != self.head_dim:
             raise InputError(f"head dim {self.head_dim}", f"{x.shape[-1]}", "use the codec with the model it was made for")
+        if x.shape[2] % self.block:
+            raise InputError(f"a multiple of {self.block} tokens", f"{x.shape[2]}", "keep the others until their block is full")
         if not bool(torch.isfinite(x).all()):
             raise non_finite()
         return self._encode(x.float())
@@ -43,9 +73,22 @@ class Codec(ABC):
     @abstractmethod
     def _encode(self, x: Tensor) -> Codes: ...
 
-    @abstractmethod
     def decode(self, codes: Codes) -> Tensor:
         """Vectors `[B, G, T, D]`, float32."""
+        latent, basis = self.latent(codes), self.basis
+        return latent if basis is None else latent @ basis.to(latent.device)
+
+    def latent(self, codes: Codes) -> Tensor:
+        """Float32 `[B, G, T, L]` with `decode(codes) = latent(codes) @ basis`; a subclass has this or `decode`.
+
+        Attention reads what is cheap to make and moves the product to the query's side, once a query and not once a key.
+        """
+        raise NotImplementedError
+
+    @property
+    def basis(self) -> Tensor | None:
+        """Float32 `[L, D]`, or `[G, L, D]` for heads of their own; None if `decode` is not a product."""
+        return None
 
     @property
     @abstractmethod
@@ -58,20 +101,13 @@ class Codec(ABC):
         x: Tensor,
         generator: torch.Generator,
         progress: Callable[[], None] = lambda: None,
-        sensitivity: Tensor | None = None,
+        facts: Facts = NO_FACTS,
     ) -> None:
-        """Learn from samples `x [G, N, D]`; `progress` is called `fit_steps` times.
-
-        `sensitivity [G, D, D]` is the second moment of the loss's gradient by such vectors, given if `uses_sensitivity`.
+        """Learn from samples `x [G, N, D]` (and `facts`); `progress` is called `fit_steps` times.
 
         Raises:
             InputError: too few samples.
         """
-
-    @property
-    def uses_sensitivity(self) -> bool:
-        """Whether `fit` wants to know which errors the loss feels."""
-        return False
 
     @property
     def fit_steps(self) -> int:
@@ -121,8 +157,10 @@ class Codec(ABC):
         raise NotImplementedError
 
     def distortion(self, x: Tensor) -> float:
-        """Mean squared error over mean square of `x [G, N, D]`."""
-        x = x[None].float()
+        """Mean squared error over mean square of `x [G, N, D]`, whole blocks only; 0 if there is none."""
+        x = x[None, :, : x.shape[1] // self.block * self.block].float()
+        if not x.numel():
+            return 0.0
         return float((self.decode(self.encode(x)) - x).square().mean() / x.square().mean().clamp_min(1e-30))
 
     def __deepcopy__(self, memo: dict) -> Self:
@@ -154,11 +192,26 @@ def attend(
     if key is not None and value is not None:
         return ops.attend(query, key, value, rotation, mask, softmax_scale, softcap)
 
+    key_basis = key_codec.basis if rotation is None else None  # keys that are rotated when read are needed as they are
+    value_basis = value_codec.basis
+    if key_basis is not None:
+        query = _by_head(query.float(), key_basis.mT.to(query.device))
+
     def read(start: int, stop: int) -> tuple[Tensor, Tensor]:
-        k = key_codec.decode(key_codes.slice(start, stop))
+        chosen = key_codes.slice(start, stop)
+        k = key_codec.decode(chosen) if key_basis is None else key_codec.latent(chosen)
         if rotation is not None:
             positions, inv_freq, factor, interleaved = rotation
             k = ops.rotate(k, positions[:, start:stop], inv_freq, factor, interleaved)
-        return k, value_codec.decode(value_codes.slice(start, stop))
+        chosen = value_codes.slice(start, stop)
+        return k, value_codec.decode(chosen) if value_basis is None else value_codec.latent(chosen)
 
-    return ops.attend_tiles(query, read, key_codes.tokens, mask, softmax_scale, softcap)
+    out, lse = ops.attend_tiles(query, read, key_codes.tokens, mask, softmax_scale, softcap)
+    return out if value_basis is None else _by_head(out, value_basis.to(out.device)), lse
+
+
+def _by_head(x: Tensor, matrix: Tensor) -> Tensor:
+    """`x [B, H, Q, N] @ matrix`, which is `[N, M]`, or `[G, N, M]` with `H / G` consecutive heads sharing one."""
+    if matrix.ndim == 2:
+        return x @ matrix
+    return (x.unflatten(1, (len(matrix), -1)) @ matrix[:, None]).flatten(1, 2)

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from kvfold.codecs.base import Codec
+from kvfold.codecs.base import NO_FACTS, Codec, Facts
 from kvfold.codes import Codes
 from kvfold.errors import InputError
 
@@ -41,7 +41,7 @@ class IdentityCodec(Codec):
         x: Tensor,
         generator: torch.Generator,
         progress: Callable[[], None] = lambda: None,
-        sensitivity: Tensor | None = None,
+        facts: Facts = NO_FACTS,
     ) -> None:
         progress()
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from kvfold import ops
-from kvfold.codecs.base import Codec
+from kvfold.codecs.base import NO_FACTS, Codec, Facts
 from kvfold.codecs.kmeans import kmeans
 from kvfold.codes import Codes
 from kvfold.errors import InputError
@@ -113,6 +113,7 @@ class ResidualCodec(Codec):
             )
         self._settings = settings
         self.pre_rope = settings.pre_rope
+        self.wants = frozenset({"sensitivity"} if settings.weight_power > 0 else ())
         self.bits = (settings.codebook_size - 1).bit_length()
         groups = head_dim // settings.group
         order = torch.arange(head_dim)
@@ -139,19 +140,15 @@ class ResidualCodec(Codec):
     def fit_steps(self) -> int:
         return self._settings.stages
 
-    @property
-    def uses_sensitivity(self) -> bool:
-        return self._settings.weight_power > 0
-
     def fit(
         self,
         x: Tensor,
         generator: torch.Generator,
         progress: Callable[[], None] = lambda: None,
-        sensitivity: Tensor | None = None,
+        facts: Facts = NO_FACTS,
     ) -> None:
         settings, heads = self._settings, x.shape[0]
-        blocks = self._blocks(sensitivity) if sensitivity is not None and self.uses_sensitivity else None
+        blocks = None if facts.sensitivity is None or not self.wants else self._blocks(facts.sensitivity)
         self.weights = None if blocks is None else _power(blocks, settings.weight_power / 2).half()
         vectors = self.scaled_groups(x)[0]  # [G, N, P, d]
         sets = [[head] for head in range(heads)] if settings.sharing == "head" else [list(range(heads))]

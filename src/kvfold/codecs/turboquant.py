@@ -17,18 +17,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from kvfold.codecs.base import Codec
+from kvfold.codecs.base import NO_FACTS, Codec, Facts
+from kvfold.codecs.levels import normal_levels
+from kvfold.codecs.transform import rotation
 from kvfold.codes import Codes
 from kvfold.errors import InputError
 from kvfold.packing import pack, packed_bytes, unpack
-
-_SEED = 0  # of the rotation; it is part of the method, not of a calibration
 
 
 class TurboQuantCodec(Codec):
@@ -50,10 +49,14 @@ class TurboQuantCodec(Codec):
         codes = torch.bucketize((unit @ rotation(self.head_dim).to(x.device).T).contiguous(), middles / 2)
         return Codes({"codes": pack(codes, self.bits), "scale": norm})
 
-    def decode(self, codes: Codes) -> Tensor:
+    def latent(self, codes: Codes) -> Tensor:
         packed, norm = codes.fields["codes"], codes.fields["scale"].float()
         values = normal_levels(self.bits).to(packed.device)[unpack(packed, self.bits, self.head_dim).long()]
-        return values @ rotation(self.head_dim).to(packed.device) * (norm / math.sqrt(self.head_dim))
+        return values * (norm / math.sqrt(self.head_dim))
+
+    @property
+    def basis(self) -> Tensor:
+        return rotation(self.head_dim)
 
     @property
     def bits_per_element(self) -> float:
@@ -64,7 +67,7 @@ class TurboQuantCodec(Codec):
         x: Tensor,
         generator: torch.Generator,
         progress: Callable[[], None] = lambda: None,
-        sensitivity: Tensor | None = None,
+        facts: Facts = NO_FACTS,
     ) -> None:
         progress()
 
@@ -74,33 +77,3 @@ class TurboQuantCodec(Codec):
     @classmethod
     def restore(cls, head_dim: int, settings: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
         return cls(head_dim, **settings)
-
-
-@cache
-def rotation(dim: int) -> Tensor:
-    """Orthogonal float32 `[D, D]`."""
-    generator = torch.Generator().manual_seed(_SEED)
-    if dim & (dim - 1):
-        return torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64))[0].float()
-    signs = 2.0 * torch.randint(2, (dim,), generator=generator) - 1
-    matrix = torch.ones(1, 1)
-    while len(matrix) < dim:
-        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return matrix * signs / math.sqrt(dim)
-
-
-@cache
-def normal_levels(bits: int) -> Tensor:
-    """The `2^bits` levels with the least squared error for a standard normal variable, ascending (Lloyd 1982, Max 1960)."""
-    count = 1 << bits
-    normal = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64))
-    levels = normal.icdf((torch.arange(count, dtype=torch.float64) + 0.5) / count)
-    infinity = torch.tensor([math.inf], dtype=torch.float64)
-    for _ in range(20_000):
-        edges = torch.cat((-infinity, (levels[1:] + levels[:-1]) / 2, infinity))
-        density = torch.exp(-edges.square() / 2) / math.sqrt(2 * math.pi)
-        centres = (density[:-1] - density[1:]) / normal.cdf(edges).diff()
-        if float((centres - levels).abs().max()) < 1e-9:
-            break
-        levels = centres
-    return ((levels - levels.flip(0)) / 2).float()

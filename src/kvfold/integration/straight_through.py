@@ -62,11 +62,15 @@ class CodedSide:
         """`x [B, G, T, D]` as its codes say, rotated again, in `x`'s dtype; as decoded; and the scales `[B, G, T, 1]`."""
         x = x.detach()
         plain = x.float() if rotation is None else ops.unrotate(x, *rotation)
+        whole = plain.shape[2] // self.codec.block * self.codec.block
         with torch.no_grad():
-            codes = self.codec.encode(plain)
+            codes = self.codec.encode(plain[:, :, :whole])
         decoded = self.codec.decode(codes)  # with a gradient towards the codebooks, if they are being trained
-        scale = unpack_scale(codes.fields.get("scale", torch.ones((), device=x.device)))
-        scale = torch.where(scale > 0, scale, 1.0)
+        decoded = torch.cat((decoded, plain[:, :, whole:]), 2) if whole < plain.shape[2] else decoded
+        scale = torch.ones((), device=x.device)
+        if isinstance(self.codec, ResidualCodec):
+            scale = unpack_scale(codes.fields["scale"])
+            scale = torch.where(scale > 0, scale, 1.0)
         if gather:
             self.error = self.error.to(x.device) + (plain - decoded).square().sum()
             self.power = self.power.to(x.device) + plain.square().sum()
