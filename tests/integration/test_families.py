@@ -110,6 +110,7 @@ def test_whole_chunked_and_stepwise_prompts_agree(family: str, method: str) -> N
             parts = [model(input_ids=part, **given(model, cache)).logits for part in ids.split(chunks, 1)]
             results.append(torch.cat(parts, 1))
     bound = 3e-5 if method == "identity" else FLIPPED  # products of one row and of many sum in another order
+    bound = 1e-2 if method == "kivi" else bound  # a flipped float16 minimum moves a channel of a whole block
     assert relative(results[1], results[0]) < bound
     assert relative(results[2], results[0]) < bound
 
