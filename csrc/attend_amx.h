@@ -18,7 +18,7 @@ constexpr float kAmxRescale = 8;   // a maximum that rises by less is not follow
 class AmxAttention {
  public:
   static bool serves(const AttendCall& call) {
-    return call.queries > 1 && call.shared * call.queries >= 32 && call.shared <= kAmxRows && call.key.dim % 32 == 0 &&
+    return !call.center && call.queries > 1 && call.shared * call.queries >= 32 && call.shared <= kAmxRows && call.key.dim % 32 == 0 &&
            call.value.dim % 16 == 0;
   }
 

@@ -430,7 +430,7 @@ constexpr int64_t kStepCodewords = 4096;  // the mass of more does not fit a cac
 
 // Attends and returns true, or returns false for a call that tiles serve better.
 inline bool attend_step(const AttendCall& call) {
-  if (!call.key.books || !call.value.books || call.shared * call.queries > kStepRows || call.tokens < kStepKeys ||
+  if (call.center || !call.key.books || !call.value.books || call.shared * call.queries > kStepRows || call.tokens < kStepKeys ||
       call.value.books->size > kStepCodewords)
     return false;
   const RotatedPlan plan(call);

@@ -91,6 +91,20 @@ inline void rotate_tile(const AttendCall& call, int64_t b, int64_t first, int64_
   }
 }
 
+// keys = keys * scales + the rotated center of KV head `g`; `scales` become 1.
+inline void add_center(const AttendCall& call, const Order& order, int64_t b, int64_t g, int64_t first, int64_t count, float* scales,
+                       std::vector<float>& center, float* keys) {
+  const int64_t dim = call.key.dim;
+  center.resize(count * dim);
+  for (int64_t t = 0; t < count; t++)
+    for (int64_t i = 0; i < dim; i++) center[t * dim + i] = call.center[g * dim + order.channels[i]];
+  rotate_tile(call, b, first, count, dim, center.data());
+  for (int64_t t = 0; t < count; t++) {
+    for (int64_t i = 0; i < dim; i++) keys[t * dim + i] = keys[t * dim + i] * scales[t] + center[t * dim + i];
+    scales[t] = 1;
+  }
+}
+
 // scores[t][r] = keys[t] . query column r, for `rows` (a multiple of `lanes`) columns of `query [dim][rows]`.
 template <int kWide>
 inline void score_strip(const float* keys, int64_t count, int64_t dim, const float* query, int64_t rows, float* scores) {
@@ -206,6 +220,7 @@ inline void attend_tiles(const AttendCall& call) {
     }
     Aligned<float> keys(kTile * dim, 0.0f), values(kTile * value_dim, 0.0f), scores(kTile * padded, 0.0f), scales(kTile);
     std::vector<uint16_t> codes;
+    std::vector<float> center;
     float* const own_sums = sums.data() + item * most_rows * value_dim;
     std::vector<float> own_top(padded, kMinusInfinity), own_total(padded, 0.0f);
     const int64_t last = std::min((part + 1) * chunk, call.tokens);
@@ -220,7 +235,10 @@ inline void attend_tiles(const AttendCall& call) {
         for (int64_t t = 0; t < count; t++) std::copy_n(from + (first + t) * call.key.token_stride, dim, keys.data() + t * dim);
         std::fill(scales.begin(), scales.end(), 1.0f);
       }
-      if (rotated) rotate_tile(call, b, first, count, dim, keys.data());
+      if (call.center)
+        add_center(call, key_order, b, g, first, count, scales.data(), center, keys.data());
+      else if (rotated)
+        rotate_tile(call, b, first, count, dim, keys.data());
       if (few)
         score_few(keys.data(), count, dim, query.data(), rows, padded, scores.data());
       else

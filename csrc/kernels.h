@@ -52,6 +52,7 @@ struct AttendCall {
   int64_t batch, kv_heads, shared, queries, tokens;
   Side key, value;
   const int32_t* positions = nullptr;  // [batch or 1, tokens]; null: keys are read as they are
+  const float* center = nullptr;       // [kv_heads, key.dim]: it alone is rotated, then added to the keys; null: keys are rotated
   int64_t positions_stride = 0;        // 0 if all of the batch share them
   const float* inv_freq = nullptr;     // [rotary]
   int64_t rotary = 0;

@@ -158,8 +158,8 @@ void run_attend(const Array<const float>& query, AttendCall& call, const Mask& m
 void attend_codes(const Array<const float>& query, const Array<const uint8_t>& key_packed,
                   const Scale& key_scale, int key_bits, const Books& key_books,
                   const Array<const uint8_t>& value_packed, const Scale& value_scale, int value_bits,
-                  const Books& value_books, const std::optional<Array<const int32_t>>& positions,
-                  const std::optional<Array<const float>>& inv_freq, float factor, bool interleaved, const Mask& mask,
+                  const Books& value_books, const std::optional<Array<const float>>& key_center,
+                  const std::optional<Array<const int32_t>>& positions, const std::optional<Array<const float>>& inv_freq, float factor, bool interleaved, const Mask& mask,
                   bool half, float softmax_scale, float softcap, float skip, int threads, const Array<float>& out,
                   const Array<float>& lse) {
   require(key_packed.ndim() == 4, "packed codes [B, G, T, bytes]");
@@ -182,6 +182,12 @@ void attend_codes(const Array<const float>& query, const Array<const uint8_t>& k
     call.rotary = inv_freq->shape(0);
     call.factor = factor;
     call.interleaved = interleaved;
+  }
+  if (key_center) {
+    require(positions.has_value(), "a center comes with positions");
+    require_shape(*key_center, {call.kv_heads, call.key.dim}, "center, not [G, D]");
+    require_dense(*key_center, "center");
+    call.center = key_center->data();
   }
   call.half = half;
   call.softmax_scale = softmax_scale;
@@ -266,8 +272,8 @@ NB_MODULE(KV_MODULE, m) {
   m.def("encode", &encode_arrays);
   m.def("decode", &decode_arrays);
   m.def("attend_codes", &attend_codes, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-        nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(),
-        nb::arg(), nb::arg(), nb::arg(), nb::arg());
+        nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
+        nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
   m.def("attend_exact", &attend_exact, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
         nb::arg(), nb::arg());
   m.def("read", &read_array, "bytes"_a, "threads"_a);

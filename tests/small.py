@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvfold import ops
 from kvfold.codecs import METHODS, Codec, Side, build_codec, resolve_settings
 from kvfold.codecs.artifact import CodecSet
+from kvfold.codecs.base import Facts
 from kvfold.config import LayerSpec, ModelSpec, RopeSpec
 
 DIM, HEADS = 16, 2
@@ -38,9 +40,14 @@ def small_settings(name: str, **changes: Any) -> dict[str, Any]:
     return resolve_settings(name, {k: v for k, v in {**SETTINGS, **changes}.items() if k in known}, DIM)
 
 
+def place(keys: Tensor) -> Tensor:
+    """Keys `[G, N, D]` rotated to positions 0 .. N-1."""
+    return ops.rotate(keys[None], torch.arange(keys.shape[1])[None], torch.tensor([1.0, 0.1, 0.01]), 1.1)[0]
+
+
 def fit(name: str, side: Side = "key", seed: int = 0, x: Tensor | None = None, **changes: Any) -> Codec:
     codec = build_codec(name, side, DIM, small_settings(name, **changes))
-    codec.fit(samples() if x is None else x, torch.Generator().manual_seed(seed))
+    codec.fit(samples() if x is None else x, torch.Generator().manual_seed(seed), facts=Facts(place=place))
     return codec
 
 

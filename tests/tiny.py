@@ -28,6 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from kvfold.cache.cache import CompressedCache
 from kvfold.codecs import METHODS, build_codec, resolve_settings
 from kvfold.codecs.artifact import CodecSet
+from kvfold.codecs.base import Facts
 from kvfold.compat import cache_argument
 from kvfold.integration.attach import hooked
 from kvfold.integration.capture import CaptureCache
@@ -155,7 +156,7 @@ def tiny_codecs(family: str, method: str = "rvq", **changes: Any) -> CodecSet:
     small = {name: value for name, value in small.items() if name in METHODS[method].defaults}
     settings = resolve_settings(method, {**small, **changes}, spec.head_dim)
     generator = torch.Generator().manual_seed(0)
-    cache = CaptureCache(spec, build_codec(method, "key", spec.head_dim, settings).pre_rope)
+    cache = CaptureCache(spec, build_codec(method, "key", spec.head_dim, settings).reads_positions)
     cache.choose(torch.arange(40))
     with torch.no_grad(), hooked(model, lambda: cache):
         for seed in range(4):
@@ -167,7 +168,7 @@ def tiny_codecs(family: str, method: str = "rvq", **changes: Any) -> CodecSet:
         for index, (layer, pair) in enumerate(zip(spec.layers, samples, strict=True)):
             codec = build_codec(method, side, spec.head_dim, settings, index) if layer.coded else None
             if codec is not None:
-                codec.fit(pair[number], generator)
+                codec.fit(pair[number], generator, facts=Facts(place=functools.partial(cache.place, index)))
             codecs.append(codec)
         sides.append(tuple(codecs))
     return CodecSet(method, settings, spec, *sides, info={})

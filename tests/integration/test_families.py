@@ -97,6 +97,23 @@ def _check_window_zero(family: str, codecs: kvfold.CodecSet) -> None:
     assert relative(got[real], want[real]) < FLIPPED
 
 
+def test_keys_around_a_center_agree_whole_chunked_and_stepwise_and_are_saved(tmp_path) -> None:
+    model, codecs, ids = tiny_model("llama"), tiny_codecs("llama", "rvq", rope="post"), random_ids(2, 45)
+    assert codecs.keys[0].center is not None
+    results = []
+    with torch.no_grad(), kvfold.attach(model, codecs, **SIZES) as attached:
+        for chunks in ([45], [20, 1, 17, 7], [1] * 45):
+            cache = attached.new_cache()
+            results.append(torch.cat([model(input_ids=part, **given(model, cache)).logits for part in ids.split(chunks, 1)], 1))
+        assert relative(results[1], results[0]) < FLIPPED
+        assert relative(results[2], results[0]) < FLIPPED
+        cache.save(tmp_path / "prefix.kv")
+        codecs.save(tmp_path / "codecs")
+        again = kvfold.load_cache(tmp_path / "prefix.kv", kvfold.load(tmp_path / "codecs"), model.config)
+        want, got = (model(input_ids=random_ids(2, 3, 7), **given(model, c)).logits for c in (cache, again))
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", ["identity", "rvq", "kivi"])
 def test_whole_chunked_and_stepwise_prompts_agree(family: str, method: str) -> None:
@@ -160,14 +177,15 @@ def _round_trip(codecs, model, positions: torch.Tensor) -> DynamicCache:
         key_codec, value_codec = codecs.keys[index], codecs.values[index]
         if key_codec is None:
             continue
-        rope = codecs.spec.rope(index) if key_codec.pre_rope else None
+        rope = codecs.spec.rope(index) if key_codec.reads_positions else None
 
         def update(k, v, *args, key_codec=key_codec, value_codec=value_codec, rope=rope, **kwargs):
             regime = int(rope is not None and rope.switch_length is not None and int(positions.max()) + 1 > rope.switch_length)
+            turned = None
             if rope is not None:
-                k = ops.unrotate(k, positions, torch.tensor(rope.inv_freq[regime]), rope.factor, rope.interleaved)
-            k = key_codec.decode(key_codec.encode(k))
-            return (k if rope is None else rotate(rope, k, positions, regime)), value_codec.decode(value_codec.encode(v))
+                turned = ops.Rotation(positions, torch.tensor(rope.inv_freq[regime]), rope.factor, rope.interleaved)
+            k = key_codec.place(key_codec.decode(key_codec.encode(key_codec.unplace(k, turned))), turned)
+            return k, value_codec.decode(value_codec.encode(v))
 
         layer.update = update
         cache.layers[index] = layer

@@ -80,6 +80,19 @@ def test_keys_before_rope_are_rotated_to_their_own_positions(backend: str, rotar
     assert torch.allclose(got[1].double(), right_lse, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("queries", [1, 5])
+def test_a_center_is_rotated_and_added_to_what_is_decoded(backend: str, queries: int, interleaved: bool) -> None:
+    tokens, center = 700, torch.randn(2, 16)
+    query, key, value = torch.randn(2, 2, queries, 16), coded(2, 2, tokens), coded(2, 2, tokens)
+    rotation = ops.Rotation(torch.randint(900, (2, tokens)), 100.0 ** -torch.linspace(0, 1, 6), 1.3, interleaved)
+    got = ops.attend(query, key._replace(center=center), value, rotation, None, 0.25, backend=backend)
+    moved = reference.rotated(center[None, :, None].expand(2, -1, tokens, -1).double(), *rotation)
+    right, right_lse = reference.attention(query, reference.decoded(key) + moved, reference.decoded(value), None, 0.25)
+    assert float((got[0] - right).abs().max()) <= 1e-3 * float(right.abs().max())  # angles up to 900 in float32
+    assert torch.allclose(got[1].double(), right_lse, rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("softcap", [2.0, 50.0])
 @pytest.mark.parametrize("kind", ["none", "random"])
 def test_scores_are_capped_before_the_mask(backend: str, softcap: float, kind: str) -> None:

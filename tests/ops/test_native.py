@@ -157,6 +157,31 @@ def test_positions_of_left_padded_rows_and_of_none_in_particular() -> None:
         assert relative_error(out, right) <= RELATIVE_ERROR
 
 
+@pytest.mark.parametrize("tokens", [3, 256, 300, 1000, 9001])
+@pytest.mark.parametrize(("heads", "kv_heads", "queries"), [(8, 2, 1), (9, 3, 1), (3, 3, 2), (17, 1, 1), (4, 2, 70)])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_keys_around_a_center_attend_as_the_naive_op(dim: int, heads: int, kv_heads: int, queries: int, tokens: int) -> None:
+    query, center = torch.randn(2, heads, queries, dim), 2 * torch.randn(kv_heads, dim)
+    key = coded(2, kv_heads, tokens, dim, strided=True, own="heads")._replace(center=center)
+    value = coded(2, kv_heads, tokens, dim)
+    mask = torch.rand(2, 1, queries, tokens) < 0.7
+    padded = (torch.arange(tokens) - torch.tensor([[0], [137]])).clamp_min(0).int()
+    for positions in (padded, torch.randint(20_000, (1, tokens), dtype=torch.int32)):
+        turned = rotation(tokens, dim)._replace(positions=positions)
+        (out, lse), (right, right_lse) = both(query, key, value, turned, mask, dim**-0.5, softcap=30.0)
+        seen = right_lse > -torch.inf
+        assert relative_error(out[seen], right[seen]) <= RELATIVE_ERROR  # angles up to 20,000 in float32
+        assert torch.allclose(lse[seen], right_lse[seen], atol=5e-3)
+
+
+def test_a_center_of_another_shape_or_without_positions_is_refused() -> None:
+    query, key, value = torch.randn(1, 4, 1, 64), coded(1, 2, 300, 64), coded(1, 2, 300, 64)
+    with pytest.raises(ValueError, match="center"):
+        ops.attend(query, key._replace(center=torch.randn(3, 64)), value, rotation(300, 64), None, 1.0, backend="cpu")
+    with pytest.raises(ValueError, match="center"):
+        ops.attend(query, key._replace(center=torch.randn(2, 64)), value, None, None, 1.0, backend="cpu")
+
+
 @pytest.mark.parametrize("softcap", [2.0, 50.0])
 def test_a_decode_step_caps_scores(softcap: float) -> None:
     query, key, value = 3 * torch.randn(1, 4, 1, 64), coded(1, 1, 400, 64), coded(1, 1, 400, 64)

@@ -33,7 +33,7 @@ class CodedLayer(CacheLayerMixin):
 
     Args:
         key_codec, value_codec: fitted codecs of this layer.
-        rope: this layer's RoPE, needed if the key codec is pre-RoPE.
+        rope: this layer's RoPE, needed if the key codec reads positions.
         positions: the cache's positions, shared by its layers.
         kv_heads: `G`.
         sinks: first tokens kept exact.
@@ -62,7 +62,7 @@ class CodedLayer(CacheLayerMixin):
         self._together = math.lcm(key_codec.block, value_codec.block)  # tokens whose codes cannot be told apart
         self.unit = math.lcm(block, self._together)  # tokens coded at once
         self.kv_heads = kv_heads
-        self.rope = rope if key_codec.pre_rope else None
+        self.rope = rope if key_codec.reads_positions else None
         self._factor = rope.factor if rope else 1.0
         self._interleaved = bool(rope and rope.interleaved)
         self._positions = positions
@@ -254,7 +254,7 @@ class CodedLayer(CacheLayerMixin):
         keys = self.exact["keys"][:, :, chosen]
         if self.rope:
             pieces = [
-                ops.unrotate(keys[:, :, a - start : b - start], *self._rotation(a, b, regime))
+                self.key_codec.unplace(keys[:, :, a - start : b - start], self._rotation(a, b, regime))
                 for a, b, regime in self._positions.regimes(start, boundary)
             ]
             keys = torch.cat(pieces, 2)
@@ -287,14 +287,14 @@ class CodedLayer(CacheLayerMixin):
             regimes = self._positions.regimes(start, stop) if self.rope else [(start, stop, 0)]
             for a, b, regime in regimes:
                 codes = keys.slice(a - start, b - start), values.slice(a - start, b - start)
-                rotation = ops.Rotation(*self._rotation(a, b, regime)) if self.rope else None
+                rotation = self._rotation(a, b, regime) if self.rope else None
                 pieces.append(CodedPiece(a, b, segment.key_codec, segment.value_codec, *codes, rotation))
             start = stop
         return pieces
 
-    def _rotation(self, start: int, stop: int, regime: int) -> tuple[Tensor, Tensor, float, bool]:
+    def _rotation(self, start: int, stop: int, regime: int) -> ops.Rotation:
         positions = self._positions.slots(start, stop)
-        return positions, self._inv_freq[regime], self._factor, self._interleaved
+        return ops.Rotation(positions, self._inv_freq[regime], self._factor, self._interleaved)
 
 
 def _finite(*tensors: Tensor) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def calibrate(
     spec = model_spec(model)
     chosen = resolve_settings(codec, settings or {}, spec.head_dim)
     if ema is not None:  # which moves codewords towards the mean of their vectors, so what serves other ends is left out
-        chosen.update({name: type(chosen[name])(0) for name in ("weight_power", "distill_steps") if name in chosen})
+        chosen.update({name: type(chosen[name])(0) for name in ("weight_power", "distill_steps", "center") if name in chosen})
     text = "given" if texts is not None else "own samples" if ema is None else "builtin"
     blank = _blank(spec, codec, chosen, {"seed": seed, "text": text})
 
@@ -149,7 +150,7 @@ def _fit_codecs(model: Any, blank: CodecSet, windows: list[Tensor], generator: t
         parts += [f"{steps} steps of {CONTEXT_OF_A_STEP} tokens" if steps else ""]
         listed = ", then ".join(filter(None, parts))
         print(f"calibrating {method} on {total} tokens: {listed}; samples take {size / 2**20:.0f} MiB", file=sys.stderr)
-    cache = _collect(model, spec, read, coded[0].pre_rope, generator, quiet)
+    cache = _collect(model, spec, read, coded[0].reads_positions, generator, quiet)
     moments = sensitivities(model, spec, felt, coded[0].pre_rope, generator, quiet) if felt else None
     return _fit(spec, cache, method, blank.settings, moments, generator, quiet)
 
@@ -227,7 +228,10 @@ def _fit(
             errors = []
             felt = moments[index] if moments else (None, None)
             for codec, sample, moment in zip((key, value), samples, felt, strict=True):
-                codec.fit(sample, generator, step, Facts(sensitivity=moment))
+                place = partial(cache.place, index) if codec.centers else None
+                codec.fit(sample, generator, step, Facts(sensitivity=moment, place=place))
+                if codec.center is not None and place is not None:
+                    sample = place(sample - codec.center[:, None])
                 errors.append(codec.distortion(sample[:, :2048]))
             keys.append(key)
             values.append(value)

@@ -43,8 +43,9 @@ def _build_residual(side: Side, head_dim: int, settings: dict[str, Any], layer: 
     if side == "value":
         own["stages"] += settings["extra_value_stages"]
     pre_rope = side == "key" and settings["rope"] == "pre"
-    grouping = settings[f"{side}_groups"]
-    return ResidualCodec(head_dim, ResidualSettings(**own, grouping=grouping, pre_rope=pre_rope))
+    own |= {"grouping": settings[f"{side}_groups"], "pre_rope": pre_rope}
+    own["center"] = bool(settings["center"]) and side == "key" and not pre_rope
+    return ResidualCodec(head_dim, ResidualSettings(**own))
 
 
 def _same_for_all(kind: type[Codec]) -> Callable[[Side, int, dict[str, Any], int], Codec]:
@@ -68,6 +69,7 @@ _PAPER: dict[str, Any] = {
     "sharing": "layer",
     "codebook_dtype": "float16",
     "scale_bits": 16,
+    "center": 0,
     "weight_power": 0.0,
     "distill_steps": 0,
     "iterations": 10,
@@ -81,6 +83,7 @@ _RVQ: dict[str, Any] = {
     "sharing": "head",
     "codebook_dtype": "float8",
     "scale_bits": 8,
+    "center": 1,
     "weight_power": 0.5,
     "distill_steps": 120,
 }
@@ -115,6 +118,7 @@ _CHOICES = {
     "sharing": ("layer", "head"),
     "codebook_dtype": ("float16", "float8"),
     "scale_bits": (8, 16),
+    "center": (0, 1),
 }
 
 

@@ -26,11 +26,14 @@ class Facts:
         projection: float32 `[G, D, N]`, the weights that make the vectors from the layer's input of `N` channels.
         demand: float32 `[G, D, D]`, what weighs an error `e` as `e' demand e`: the second moment of the queries that meet a
             key head, or the Gram matrix of the output projection of the query heads that a value head serves.
+        place: rotates keys `[G, N, D]` before RoPE, of the samples' tokens, to their positions. Given to codecs with
+            `centers`, whose samples are keys before RoPE.
     """
 
     sensitivity: Tensor | None = None
     projection: Tensor | None = None
     demand: Tensor | None = None
+    place: Callable[[Tensor], Tensor] | None = None
 
 
 NO_FACTS = Facts()
@@ -46,12 +49,15 @@ class Codec(ABC):
         block: tokens that are coded together. `encode` takes a multiple of them and `Codes` are cut at multiples only. What a
             block has in common is striped over its tokens (`codes.stripe`). Keys of blocks are coded after RoPE.
         wants: names of the `Facts` that `fit` asks for.
+        center: float32 `[G, D]`, a key before RoPE that keys after RoPE are coded around once it is rotated to their
+            position; None if there is none.
     """
 
     kind: ClassVar[str]
     pre_rope: bool = False
     block: int = 1
     wants: frozenset[str] = frozenset()
+    center: Tensor | None = None
 
     def __init__(self, head_dim: int) -> None:
         self.head_dim = head_dim
@@ -72,6 +78,29 @@ class Codec(ABC):
 
     @abstractmethod
     def _encode(self, x: Tensor) -> Codes: ...
+
+    @property
+    def centers(self) -> bool:
+        """Whether a fitted codec of these settings has a `center`."""
+        return False
+
+    @property
+    def reads_positions(self) -> bool:
+        """Whether positions are needed to code keys and to read them."""
+        return self.pre_rope or self.centers
+
+    def unplace(self, keys: Tensor, rotation: ops.Rotation | None) -> Tensor:
+        """What is coded of keys `[B, G, T, D]` as attention takes them; `rotation` is None for those that need no
+        positions, and in a model without RoPE."""
+        if self.center is None:
+            return keys if rotation is None else ops.unrotate(keys, *rotation)
+        return keys - (self.center[:, None] if rotation is None else ops.rotated_center(self.center, rotation))
+
+    def place(self, decoded: Tensor, rotation: ops.Rotation | None) -> Tensor:
+        """Inverse of `unplace`."""
+        if self.center is None:
+            return decoded if rotation is None else ops.rotate(decoded, *rotation)
+        return decoded + (self.center[:, None] if rotation is None else ops.rotated_center(self.center, rotation))
 
     def decode(self, codes: Codes) -> Tensor:
         """Vectors `[B, G, T, D]`, float32."""
@@ -185,11 +214,14 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Attention over coded keys and values, `(out, lse)`: fused where both methods can, else decoded tile by tile.
 
-    Arguments as in `ops.attend`; `rotation` must be None unless the key codec is pre-RoPE.
+    Arguments as in `ops.attend`; `rotation` is None unless the key codec reads positions.
     """
     (key_codec, key_codes), (value_codec, value_codes) = keys, values
     key, value = key_codec.coded(key_codes), value_codec.coded(value_codes)
     if key is not None and value is not None:
+        if key.center is not None and rotation is None:  # a model without RoPE: the center stands still
+            positions = torch.zeros(1, key_codes.tokens, dtype=torch.int64, device=query.device)
+            rotation = ops.Rotation(positions, torch.empty(0, device=query.device), 1.0, False)
         return ops.attend(query, key, value, rotation, mask, softmax_scale, softcap)
 
     key_basis = key_codec.basis if rotation is None else None  # keys that are rotated when read are needed as they are
@@ -200,9 +232,7 @@ def attend(
     def read(start: int, stop: int) -> tuple[Tensor, Tensor]:
         chosen = key_codes.slice(start, stop)
         k = key_codec.decode(chosen) if key_basis is None else key_codec.latent(chosen)
-        if rotation is not None:
-            positions, inv_freq, factor, interleaved = rotation
-            k = ops.rotate(k, positions[:, start:stop], inv_freq, factor, interleaved)
+        k = key_codec.place(k, None if rotation is None else rotation.slice(start, stop))
         chosen = value_codes.slice(start, stop)
         return k, value_codec.decode(chosen) if value_basis is None else value_codec.latent(chosen)
 

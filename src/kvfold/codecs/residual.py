@@ -12,6 +12,8 @@ decodes to exactly zero; codewords may be searched with a beam (`beam=1` is the 
 off with the paper's settings:
 
 - Codebooks of a head's own, and codewords in 8-bit floating point (e4m3).
+- Keys after RoPE around a center: their mean before RoPE holds most of their energy, and turned to a key's position it is known
+  without a bit. What is coded is the key minus the rotated mean.
 - A scale of 8 bits (`packing.pack_scale`). It is rounded before vectors are divided by it, so rounding costs no accuracy.
 - A search that weighs errors by what they do to the loss. With `M` the second moment of the loss's gradient by a group's
   channels, the expected divergence is `e' M e / 2` to second order (`M` is a block of the Fisher information). The codeword
@@ -56,6 +58,7 @@ class ResidualSettings:
         sharing: "layer" for codebooks that all heads share, "head" for each head's own; groups of a head always share.
         codebook_dtype: "float16", or "float8" (e4m3).
         scale_bits: of the stored scale, 16 or 8.
+        center: keys after RoPE are coded around a center that is rotated to their position; not with `pre_rope`.
         weight_power: `a`, of the weights that errors have in the search; 0 for squared error.
         iterations: k-means iterations a stage.
         max_vectors: group vectors k-means sees at most, all heads together.
@@ -70,6 +73,7 @@ class ResidualSettings:
     sharing: str = "layer"
     codebook_dtype: str = "float16"
     scale_bits: int = 16
+    center: bool = False
     weight_power: float = 0.0
     iterations: int = 10
     max_vectors: int = 65536
@@ -90,6 +94,8 @@ class ResidualSettings:
             if getattr(self, name) not in choices:
                 listed = ", ".join(map(str, choices))
                 raise InputError(f"{name} among {listed}", repr(getattr(self, name)), "choose one of these")
+        if self.center and self.pre_rope:
+            raise InputError("a center with keys after RoPE", "center=1 with keys before RoPE", "set rope=post or center=0")
         if not 0 <= self.weight_power <= 1:
             raise InputError("weight_power from 0 to 1", f"{self.weight_power:g}", "0.5 is the default of rvq")
 
@@ -125,6 +131,10 @@ class ResidualCodec(Codec):
         self._searched: tuple[int, Tensor, Tensor] | None = None
 
     @property
+    def centers(self) -> bool:
+        return self._settings.center
+
+    @property
     def groups(self) -> int:
         return self.channels.shape[0]
 
@@ -148,6 +158,10 @@ class ResidualCodec(Codec):
         facts: Facts = NO_FACTS,
     ) -> None:
         settings, heads = self._settings, x.shape[0]
+        if settings.center:
+            assert facts.place is not None
+            self.center = x.mean(1)
+            x = facts.place(x - self.center[:, None])
         blocks = None if facts.sensitivity is None or not self.wants else self._blocks(facts.sensitivity)
         self.weights = None if blocks is None else _power(blocks, settings.weight_power / 2).half()
         vectors = self.scaled_groups(x)[0]  # [G, N, P, d]
@@ -205,7 +219,7 @@ class ResidualCodec(Codec):
     def coded(self, codes: Codes) -> ops.Coded:
         fields = codes.fields
         self._require_heads(fields["codes"].shape[1])
-        return ops.Coded(fields["codes"], fields["scale"], self.codebooks, self.book, self.channels, self.bits)
+        return ops.Coded(fields["codes"], fields["scale"], self.codebooks, self.book, self.channels, self.bits, self.center)
 
     def scaled_groups(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What the codebooks see of `x [..., D]`: float32 group vectors `[..., P, d]`, and the scales `[..., 1]` as stored."""
@@ -277,12 +291,12 @@ class ResidualCodec(Codec):
         return asdict(self._settings)
 
     def tensors(self) -> dict[str, Tensor]:
-        weights = {} if self.weights is None else {"weights": self.weights}
-        return {"codebooks": self.codebooks, "book": self.book, **weights}
+        optional = {"weights": self.weights, "center": self.center}
+        return {"codebooks": self.codebooks, "book": self.book, **{k: t for k, t in optional.items() if t is not None}}
 
     @property
     def codebook_bytes(self) -> int:
-        tables = (self.codebooks, self.weights)
+        tables = (self.codebooks, self.weights, self.center)
         return sum(t.numel() * t.element_size() for t in tables if t is not None)
 
     @classmethod
@@ -297,7 +311,13 @@ class ResidualCodec(Codec):
                 f"{came}",
                 "the codec file is damaged: calibrate again",
             )
-        codec.weights = tensors.get("weights")
+        codec.weights, codec.center = tensors.get("weights"), tensors.get("center")
+        if (codec.center is not None) != codec.centers or (
+            codec.center is not None and codec.center.shape != (book.shape[1], head_dim)
+        ):
+            found = "none" if codec.center is None else str(tuple(codec.center.shape))
+            wanted_center = str((book.shape[1], head_dim)) if codec.centers else "none"
+            raise InputError(f"center {wanted_center}", found, "the codec file is damaged: calibrate again")
         shape = (book.shape[1], book.shape[2], codebooks.shape[2], codebooks.shape[2])
         if codec.weights is not None and codec.weights.shape != shape:
             found = str(tuple(codec.weights.shape))

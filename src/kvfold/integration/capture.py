@@ -25,6 +25,7 @@ class CaptureLayer(StandInLayer):
         self._capture, self._layer = cache, layer
         self.sampled_keys: list[Tensor] = []
         self.sampled_values: list[Tensor] = []
+        self.rotations: list[ops.Rotation] = []  # of the sampled keys, a pass each
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         keep = self._capture.keep.to(key_states.device)  # a large model's layers may be spread over devices
@@ -40,6 +41,8 @@ class CaptureLayer(StandInLayer):
         else:
             self.sampled_keys.append(keys.cpu())
             self.sampled_values.append(values.cpu())
+            if rotation is not None:
+                self.rotations.append(rotation._replace(positions=rotation.positions.cpu(), inv_freq=rotation.inv_freq.cpu()))
         return key_states, value_states
 
 
@@ -68,6 +71,15 @@ class CaptureCache(StandInCache):
         keys, values = torch.cat(chosen.sampled_keys, 1), torch.cat(chosen.sampled_values, 1)
         chosen.sampled_keys, chosen.sampled_values = [], []
         return keys, values
+
+    def place(self, layer: int, keys: Tensor) -> Tensor:
+        """Keys before RoPE `[G, N, D]` of the sampled tokens of `layer`, rotated to their positions."""
+        chosen: Any = self.layers[layer]
+        rotations = chosen.rotations
+        if not rotations:  # this layer has no RoPE
+            return keys
+        parts = keys.split([rotation.positions.shape[1] for rotation in rotations], 1)
+        return torch.cat([ops.rotate(part[None], *own)[0] for part, own in zip(parts, rotations, strict=True)], 1)
 
 
 @contextmanager

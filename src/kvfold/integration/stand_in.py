@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvfold import ops
 from kvfold.compat import Cache, CacheLayerMixin
 from kvfold.config import RopeSpec
-
-Rotation = tuple[Tensor, Tensor, float, bool]  # what `ops.rotate` and `ops.unrotate` take after `x`
 
 
 class StandInCache(Cache):
@@ -40,14 +39,14 @@ class StandInLayer(CacheLayerMixin):
         self._cache, self._rope = cache, rope
         self._inv_freq = [torch.tensor(row) for row in rope.inv_freq] if rope else []
 
-    def rotation(self, chosen: Tensor | slice, device: torch.device) -> Rotation | None:
+    def rotation(self, chosen: Tensor | slice, device: torch.device) -> ops.Rotation | None:
         """How the pass's `chosen` tokens are rotated, or None if this layer's keys are taken as they come."""
         if self._rope is None:
             return None
         switch = self._rope.switch_length
         regime = int(switch is not None and int(self._cache.current.max()) + 1 > switch)
         positions = self._cache.current.to(device)[:, chosen]
-        return positions, self._inv_freq[regime].to(device), self._rope.factor, self._rope.interleaved
+        return ops.Rotation(positions, self._inv_freq[regime].to(device), self._rope.factor, self._rope.interleaved)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True

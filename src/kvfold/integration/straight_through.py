@@ -4,9 +4,10 @@ For a key `k` (after RoPE, as the model hands it over) a layer returns
 
     k + stop_gradient(R(decode(encode(R^-1 k))) - k)
 
-with `R` the rotation of its position, or nothing if the codec takes keys as they come; values are the same without `R`.
+with `R` the rotation of its position, or nothing if the codec takes keys as they come (or `R` adds a rotated center); values
+are the same without `R`.
 That is the paper's protocol, window 0 and sinks 0, and the straight-through estimator it is finetuned with (A. Kumar, arXiv
-2410.15704, section 3; Bengio et al., arXiv 1308.3432). `R` is linear, so it does not matter on which side of it the gradient
+2410.15704, section 3; Bengio et al., arXiv 1308.3432). `R` is affine, so it does not matter on which side of it the gradient
 is passed on.
 
 The rest of the model is stock, its attention too: run it inside `hooked(model, lambda: cache)` with `use_cache=True`.
@@ -29,7 +30,7 @@ from kvfold.codecs.base import Codec
 from kvfold.codecs.residual import ResidualCodec
 from kvfold.config import RopeSpec
 from kvfold.integration.spec import attention_modules, decoder_of
-from kvfold.integration.stand_in import Rotation, StandInCache, StandInLayer
+from kvfold.integration.stand_in import StandInCache, StandInLayer
 from kvfold.packing import unpack_scale
 
 
@@ -58,10 +59,10 @@ class CodedSide:
         """Mean squared error over mean square of what was coded since `forget`."""
         return float(self.error) / max(float(self.power), 1e-30)
 
-    def read(self, x: Tensor, rotation: Rotation | None, gather: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def read(self, x: Tensor, rotation: ops.Rotation | None, gather: bool) -> tuple[Tensor, Tensor, Tensor]:
         """`x [B, G, T, D]` as its codes say, rotated again, in `x`'s dtype; as decoded; and the scales `[B, G, T, 1]`."""
         x = x.detach()
-        plain = x.float() if rotation is None else ops.unrotate(x, *rotation)
+        plain = self.codec.unplace(x.float(), rotation)
         whole = plain.shape[2] // self.codec.block * self.codec.block
         with torch.no_grad():
             codes = self.codec.encode(plain[:, :, :whole])
@@ -79,7 +80,7 @@ class CodedSide:
                 found = book_statistics(vectors, self.codec.indices(codes), self.codec.codebooks, self.codec.book)
                 self.counts = found[0] if self.counts is None else self.counts + found[0]
                 self.sums = found[1] if self.sums is None else self.sums + found[1]
-        seen = decoded if rotation is None else ops.rotate(decoded, *rotation)
+        seen = self.codec.place(decoded, rotation)
         return seen.to(x.dtype), decoded, scale
 
 
@@ -87,7 +88,7 @@ class StraightThroughLayer(StandInLayer):
     """Hands back coded keys and values with the gradient of exact ones; a layer that stays exact hands them on."""
 
     def __init__(self, cache: StraightThroughCache, key: Codec | None, value: Codec | None, rope: RopeSpec | None) -> None:
-        super().__init__(cache, rope if key is not None and key.pre_rope else None)
+        super().__init__(cache, rope if key is not None and key.reads_positions else None)
         self._through = cache
         self.sides = [] if key is None or value is None else [CodedSide(key), CodedSide(value)]
 
@@ -103,11 +104,11 @@ class StraightThroughLayer(StandInLayer):
         rotation = self.rotation(slice(None), key_states.device)
         return self._read(key, key_states, rotation), self._read(value, value_states, None)
 
-    def _read(self, side: CodedSide, x: Tensor, rotation: Rotation | None) -> Tensor:
+    def _read(self, side: CodedSide, x: Tensor, rotation: ops.Rotation | None) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):  # codes are those of float32, whatever the model runs in
             seen, decoded, scale = side.read(x, rotation, self._through.running and self._through.gathering)
         if self._through.with_commitment:
-            plain = x.float() if rotation is None else ops.unrotate(x, *rotation)
+            plain = side.codec.unplace(x.float(), rotation)
             error = ((plain - decoded) / scale).square().mean()
             if self._through.running:
                 self._through.commitments.append(error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kvfold.ops.attend.naive import Coded, Rotation, attend_tiles, decode_tile
+from kvfold.ops.attend.naive import Coded, Rotation, attend_tiles, decode_tile, rotated_center
 from kvfold.ops.dispatch import available_backends, select
 from kvfold.ops.merge import merge
 from kvfold.ops.rope import rotate, unrotate
@@ -61,6 +61,7 @@ __all__ = [
     "encode",
     "merge",
     "rotate",
+    "rotated_center",
     "select",
     "unrotate",
 ]

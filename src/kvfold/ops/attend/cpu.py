@@ -36,7 +36,7 @@ def attend(
         query,
         *(key.packed, key.scale, key.codebooks, key.book, key.channels, key.bits),
         *(value.packed, value.scale, value.codebooks, value.book, value.channels, value.bits),
-        *(positions, inv_freq, factor, interleaved, mask, softmax_scale, softcap or 0.0, _skip()),
+        *(key.center, positions, inv_freq, factor, interleaved, mask, softmax_scale, softcap or 0.0, _skip()),
     )
 
 
@@ -72,6 +72,7 @@ def _attend_codes(
     value_book: Tensor,
     value_channels: Tensor,
     value_bits: int,
+    key_center: Tensor | None,
     positions: Tensor | None,
     inv_freq: Tensor | None,
     factor: float,
@@ -93,6 +94,7 @@ def _attend_codes(
         _scale_bits(value_scale),
         value_bits,
         native.books(value_codebooks, value_book, value_channels),
+        None if key_center is None else array(key_center.float().contiguous()),
         None if positions is None else array(positions.to(torch.int32).contiguous()),
         None if inv_freq is None else array(inv_freq.float().contiguous()),
         factor,
@@ -145,8 +147,8 @@ native.LIBRARY.define(
         f"Tensor {side}_channels, int {side}_bits, "
         for side in ("key", "value")
     )
-    + "Tensor? positions, Tensor? inv_freq, float factor, bool interleaved, Tensor? mask, float softmax_scale, "
-    "float softcap, float skip) -> (Tensor, Tensor)"
+    + "Tensor? key_center, Tensor? positions, Tensor? inv_freq, float factor, bool interleaved, Tensor? mask, "
+    "float softmax_scale, float softcap, float skip) -> (Tensor, Tensor)"
 )
 native.LIBRARY.impl("attend_codes", _attend_codes, "CPU")
 native.LIBRARY.define(

@@ -26,7 +26,7 @@ class Coded(NamedTuple):
 
     packed uint8 `[B, G, T, bytes]` (stage-major codes) · scale `[B, G, T, 1]`, float16 or uint8 of `packing.pack_scale` ·
     codebooks `[M, C, d]` · book int64 `[S, G, P]` · channels int64 `[P, d]`, the channel each group entry came from · bits of
-    one code.
+    one code · center float32 `[G, D]` of keys that were coded around it, after RoPE; None if they were not.
     """
 
     packed: Tensor
@@ -35,6 +35,7 @@ class Coded(NamedTuple):
     book: Tensor
     channels: Tensor
     bits: int
+    center: Tensor | None = None
 
 
 class Rotation(NamedTuple):
@@ -44,6 +45,15 @@ class Rotation(NamedTuple):
     inv_freq: Tensor
     factor: float
     interleaved: bool
+
+    def slice(self, start: int, stop: int) -> Rotation:
+        """Of tokens `start..stop-1`."""
+        return self._replace(positions=self.positions[:, start:stop])
+
+
+def rotated_center(center: Tensor, rotation: Rotation) -> Tensor:
+    """`center [G, D]` at every position, float32 `[B or 1, G, T, D]`."""
+    return rotate(center[None, :, None].expand(len(rotation.positions), -1, rotation.positions.shape[1], -1), *rotation)
 
 
 def attend(
@@ -60,7 +70,8 @@ def attend(
     Args:
         query: `[B, H, Q, D]`, after RoPE.
         key, value: codes of `T` tokens, `G` heads; `H` is a multiple of `G`.
-        rotation: for keys coded before RoPE; None if the codes hold rotated keys.
+        rotation: for keys coded before RoPE; None if the codes hold rotated keys. If `key` has a center, it alone is rotated,
+            and added to what is decoded.
         mask: bool `[B or 1, 1, Q, T]`, True where a query may look; None means everywhere.
         softmax_scale: multiplies `q . k`.
         softcap: scores become `softcap * tanh(score / softcap)` (Gemma 2), None for no cap.
@@ -72,8 +83,8 @@ def attend(
     def read(start: int, stop: int) -> tuple[Tensor, Tensor]:
         keys = decode_tile(key, start, stop)
         if rotation is not None:
-            positions, inv_freq, factor, interleaved = rotation
-            keys = rotate(keys, positions[:, start:stop], inv_freq, factor, interleaved)
+            tile = rotation.slice(start, stop)
+            keys = rotate(keys, *tile) if key.center is None else keys + rotated_center(key.center, tile)
         return keys, decode_tile(value, start, stop)
 
     return attend_tiles(query, read, key.packed.shape[2], mask, softmax_scale, softcap)
