@@ -38,8 +38,10 @@ COLUMNS = {  # field of a row's JSON -> how it is shown
     "perplexity_ratio": Column("ratio", "over exact", ".4f", "perplexity over that of the exact cache"),
     "kl_mean": Column("kl", "KL", ".4f", "from the exact model's next-token distributions to the compressed, nats a token"),
     "top1_agreement": Column("top1", "top-1", ".1%", "tokens whose likeliest successor stays the same"),
-    "encode_tokens_per_s": Column("encode", "encode, tokens/s", ",.0f", "keys and values of all layers coded"),
-    "decode_tokens_per_s": Column("decode", "decode, tokens/s", ",.0f", "and decoded"),
+    "encode_tokens_per_s": Column(
+        "encode", "encode, tokens/s", ",.0f", "tokens a second whose keys and values of all layers are coded"
+    ),
+    "decode_tokens_per_s": Column("decode", "decode, tokens/s", ",.0f", "the same, decoded again"),
 }
 
 
