@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kvfold.bench.generate import dense_bytes
-from kvfold.bench.plot import plot_distortion
+from kvfold.bench.plot import plot_distortion, plot_rates
 from kvfold.bench.record import record, record_file
 from kvfold.compat import DynamicCache
 from kvfold.errors import InputError
@@ -55,3 +55,13 @@ def test_dense_bytes_counts_keys_and_values() -> None:
 def test_a_distortion_of_zero_can_be_drawn(tmp_path: Path) -> None:
     plot_distortion([0, 1], [0.0, 0.0], [0.0, 0.0], "identity", tmp_path / "d.png")
     assert (tmp_path / "d.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rates_of_any_size_can_be_drawn(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """Of more methods than there are colours, exact ones, broken ones, ones hardly compressed."""
+    nan, inf = float("nan"), float("inf")
+    lines = {f"method {i}": [(1.25, 1e6, 9.0), (4.0, 1.0 + 10.0**-i, 10.0**-i)] for i in range(20)}
+    lines |= {"broken": [(2.0, nan, nan), (3.0, inf, inf)], "identity": [(32.0, 1 - 1e-9, 0.0)]}
+    plot_rates(lines, "rates", tmp_path / "r.png")
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+    assert not [str(warning.message) for warning in recwarn]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -39,11 +40,13 @@ _MODEL = "a local folder, a hub name, a .gguf file, or smollm2"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     try:
-        args = _parser().parse_args(argv)
+        given = sys.argv[1:] if argv is None else list(argv)
+        args = _parser().parse_args(given)
+        args.command_line = shlex.join(["kvfold", *given])
         args.command(args)
     except InputError as error:
         return _say(f"error: {error}", 2)
-    except SystemExit as stop:  # --help, --version
+    except SystemExit as stop:  # --help, --version; a command that has told its failures itself
         return int(stop.code or 0)
     except KeyboardInterrupt:
         return _say("interrupted", 130)
@@ -191,7 +194,9 @@ def _compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--codecs", type=_names, default=COMPARED, metavar="A,B:bits=3", help=about)
     parser.add_argument("--tokens", type=int, default=TOKENS, metavar="N", help=f"tokens of calibration (default {TOKENS})")
     _protocol(parser)
-    parser.add_argument("--out", metavar="DIR", help="folder for picture, report and codecs; those there are used again")
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder for picture, report, rows, codecs; a run goes on from what is there"
+    )
     _json(parser)
     _record(parser)
 

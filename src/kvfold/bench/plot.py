@@ -9,6 +9,8 @@ from typing import Any
 
 from kvfold.files import replacing_file
 
+_MARKERS = "os^DvPX<>pd*h8H"
+
 
 @contextmanager
 def _axes(file: Path, size: tuple[float, float], panels: int = 1, dpi: int = 120) -> Iterator[list[Any]]:
@@ -152,20 +154,34 @@ def plot_rates(lines: Mapping[str, Sequence[tuple[float, float, float]]], title:
     """Write a PNG with two panels over bits per element: perplexity over exact (its excess, logarithmic) and KL.
 
     Args:
-        lines: method -> points (bits, perplexity over exact, KL), by bits.
+        lines: method -> points (bits, perplexity over exact, KL), by bits. An excess or a KL below 1e-4 is drawn there; bits
+            above 8, of a cache hardly compressed, make their axis logarithmic.
 
     Raises:
         ImportError: matplotlib is not installed.
         InputError: the file cannot be written.
     """
-    with _axes(file, (12, 5), 2) as (left, right):
-        for name, points in lines.items():
+    from matplotlib.ticker import LogLocator
+
+    with _axes(file, (13, 5.5), 2) as (left, right):
+        for i, (name, points) in enumerate(lines.items()):
             bits, ratios, divergences = zip(*points, strict=True)
-            left.plot(bits, [max(ratio - 1, 1e-4) for ratio in ratios], marker="o", label=name)
-            right.plot(bits, [max(divergence, 1e-4) for divergence in divergences], marker="o", label=name)
-        left.set(xlabel="bits per element", ylabel="perplexity over exact, minus 1", yscale="log")
-        right.set(xlabel="bits per element", ylabel="KL (nats a token)", yscale="log")
+            style: dict[str, Any] = {"label": name, "marker": _MARKERS[i % len(_MARKERS)], "markersize": 5}
+            style |= {"color": f"C{i % 10}", "linestyle": ("-", "--", ":")[i // 10 % 3]}  # there are ten colours
+            left.plot(bits, [max(ratio - 1, 1e-4) for ratio in ratios], **style)
+            right.plot(bits, [max(divergence, 1e-4) for divergence in divergences], **style)
+        left.set(ylabel="perplexity over exact", yscale="log")
+        left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        left.yaxis.set_major_formatter(lambda excess, _: f"{1 + excess:.10g}")
+        right.set(ylabel="KL (nats a token)", yscale="log")
+        right.yaxis.set_major_formatter("{x:g}")
+        wide = max(point[0] for points in lines.values() for point in points) > 8
         for axes in (left, right):
-            axes.grid(alpha=0.3, which="both")
-        left.legend()
+            axes.set(xlabel="bits per element")
+            if wide:
+                axes.set_xscale("log", base=2)
+                axes.xaxis.set_major_formatter("{x:g}")
+            axes.grid(alpha=0.25)
+            axes.grid(alpha=0.08, which="minor")
+        left.figure.legend(*left.get_legend_handles_labels(), loc="outside right center", frameon=False)
         left.figure.suptitle(title, fontsize=10)

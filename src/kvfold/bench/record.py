@@ -25,13 +25,7 @@ def record(where: str | Path, kind: str, payload: dict[str, Any]) -> Path:
         InputError: the folder does not exist.
     """
     file = record_file(where, kind)
-    line = {
-        "kind": kind,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git": _git_ref(),
-        "machine": machine(),
-        **payload,
-    }
+    line = {"kind": kind, **circumstances(), **payload}
     with file.open("a", encoding="utf-8") as out:
         out.write(json.dumps(line) + "\n")
     return file
@@ -43,6 +37,11 @@ def record_file(where: str | Path, kind: str) -> Path:
     file = path if path.suffix == ".jsonl" else path / f"{kind}.jsonl"
     require_file_target(file)
     return file
+
+
+def circumstances() -> dict[str, Any]:
+    """Date, git ref and machine: what says under which conditions a number was measured."""
+    return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "git": _git_ref(), "machine": machine()}
 
 
 def machine() -> dict[str, Any]:

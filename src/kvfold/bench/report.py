@@ -1,41 +1,106 @@
-"""A report in one HTML file that needs no other: a table, a picture, how it was made."""
+"""A report in one HTML file that needs no other and no network: a picture, a table that sorts and filters, how it was made.
+
+The page is `report.html.jinja` beside this file. It can be read without JavaScript; with it, an address says how it is sorted
+and filtered: `report.html#sort=-bits&method=rvq`.
+"""
 
 from __future__ import annotations
 
 import base64
-import html
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from kvfold.files import replacing_file
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em; color: #222; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3em .8em; text-align: right; border-bottom: 1px solid #ddd; }
-th:first-child, td:first-child { text-align: left; }
-img { max-width: 100%; }
-pre { background: #f4f4f4; padding: .7em; overflow-x: auto; }
-"""
+_TEMPLATE = "report.html.jinja"
 
 
-def write_report(title: str, about: str, rows: Sequence[Sequence[str]], picture: Path | None, made_by: str, file: Path) -> None:
-    """Write the report; the first of `rows` are the column heads.
+class Column(NamedTuple):
+    """A column of numbers.
+
+    Attributes:
+        key: its name in the address, `#sort=key`.
+        head: its head.
+        format: of its numbers, as in `format(number, ".3f")`.
+        about: what it is, in a line.
+    """
+
+    key: str
+    head: str
+    format: str
+    about: str
+
+    def text(self, number: float) -> str:
+        return format(number, self.format)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the table.
+
+    Attributes:
+        name: of the row.
+        method: what rows are filtered by.
+        numbers: one a column; empty if the row failed.
+        error: why it failed.
+        settings: all of them, by name.
+        commands: that make the row.
+        made: when, where and from which code it was measured.
+    """
+
+    name: str
+    method: str
+    numbers: Sequence[float]
+    error: str
+    settings: Mapping[str, Any]
+    commands: Sequence[str]
+    made: str
+
+
+def write_report(
+    file: Path,
+    title: str,
+    about: str,
+    columns: Sequence[Column],
+    lines: Sequence[Line],
+    picture: Path | None,
+    command: str,
+    facts: Mapping[str, str],
+) -> None:
+    """Write the report.
+
+    Args:
+        about: a line under the title.
+        picture: a PNG to put into the file.
+        command: that made all of it.
+        facts: what else holds for the whole report, by name: the machine, the version.
 
     Raises:
         InputError: the file cannot be written.
     """
-    head, *body = rows
-    heads = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-    lines = "\n".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in body)
-    image = ""
-    if picture is not None and picture.exists():
-        data = base64.b64encode(picture.read_bytes()).decode()
-        image = f'<p><img alt="{html.escape(title)}" src="data:image/png;base64,{data}"></p>'
-    text = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1><p>{html.escape(about)}</p>{image}"
-        f"<table><tr>{heads}</tr>\n{lines}</table><p>Made by</p><pre>{html.escape(made_by)}</pre></body></html>\n"
+    page = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,  # every value, whatever the file is called
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    ).get_template(_TEMPLATE)
+    text = page.render(
+        title=title,
+        about=about,
+        columns=columns,
+        lines=lines,
+        methods=list(dict.fromkeys(line.method for line in lines)),
+        command=command,
+        facts=facts,
+        picture=None if picture is None else base64.b64encode(picture.read_bytes()).decode(),
+        isfinite=math.isfinite,
     )
     with replacing_file(file) as fresh:
         fresh.write_text(text, encoding="utf-8")

@@ -30,12 +30,15 @@ class Method:
         source: paper or "kvfold".
         defaults: settings by name; `--set name=value` replaces one.
         build: `(side, head_dim, settings, layer) -> Codec`, unfitted.
+        compared: settings that `kvfold compare` measures by itself, a row each, as after the colon of `--codecs`; "" is the
+            defaults.
     """
 
     summary: str
     source: str
     defaults: dict[str, Any]
     build: Callable[[Side, int, dict[str, Any], int], Codec]
+    compared: tuple[str, ...] = ("",)
 
 
 def _build_residual(side: Side, head_dim: int, settings: dict[str, Any], layer: int) -> Codec:
@@ -91,7 +94,11 @@ _SOURCE = "Kumar 2024, arXiv 2410.15704"
 
 METHODS: dict[str, Method] = {
     "rvq": Method(
-        "residual VQ, own books per head, weighted search, trained by KL", f"kvfold; {_SOURCE}", _RVQ, _build_residual
+        "residual VQ, own books per head, weighted search, trained by KL",
+        f"kvfold; {_SOURCE}",
+        _RVQ,
+        _build_residual,
+        compared=("bits=1.25", "bits=1.75", "bits=2.25", "bits=3", "bits=4"),
     ),
     "rvq-paper": Method("residual VQ, 8 stages of 2048 codewords, greedy", _SOURCE, _PAPER, _build_residual),
     "turboquant": Method(
@@ -99,15 +106,21 @@ METHODS: dict[str, Method] = {
         "Zandieh et al. 2025, arXiv 2504.19874",
         {"bits": 2},
         _same_for_all(TurboQuantCodec),
+        compared=("bits=2", "bits=3", "bits=4"),
     ),
     "kivi": Method(
         "integers between minimum and maximum, keys per channel, values per token",
         "Liu et al. 2024, arXiv 2402.02750",
         {"bits": 2, "group": 32},
         _build_kivi,
+        compared=("bits=2", "bits=4"),
     ),
     "identity": Method(
-        "no compression, the cache's own yardstick", "kvfold", {"dtype": "float32"}, _same_for_all(IdentityCodec)
+        "no compression, the cache's own yardstick",
+        "kvfold",
+        {"dtype": "float32"},
+        _same_for_all(IdentityCodec),
+        compared=(),
     ),
 }
 

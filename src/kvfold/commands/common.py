@@ -110,11 +110,12 @@ def record_if_asked(args: argparse.Namespace, kind: str, facts: dict[str, Any]) 
         print(f"kvfold: recorded in {file}", file=sys.stderr)
 
 
-def picture(draw: Callable[[], None], file: Path) -> None:
-    """Draw, and say where to; without matplotlib, say what to install."""
+def picture(draw: Callable[[], None], file: Path) -> bool:
+    """Draw, and say where to; without matplotlib, say what to install. Returns whether there is a picture."""
     try:
         draw()
     except ImportError:
         print("kvfold: no picture without matplotlib: pip install kvfold[plot]", file=sys.stderr)
-    else:
-        print(f"kvfold: wrote {file}", file=sys.stderr)
+        return False
+    print(f"kvfold: wrote {file}", file=sys.stderr)
+    return True

@@ -2,51 +2,34 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import traceback
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvfold.bench.record import circumstances
 from kvfold.calibrate.calibrate import TOKENS
 from kvfold.calibrate.kept import calibrate_or_load
-from kvfold.codecs import resolve_settings
+from kvfold.calibrate.recipe import recipe_of
+from kvfold.codecs import METHODS, resolve_settings
 from kvfold.codecs.artifact import CodecSet
 from kvfold.errors import InputError
-from kvfold.evaluate.evaluate import Evaluation, eval_windows, evaluate
+from kvfold.evaluate.evaluate import eval_windows, evaluate
+from kvfold.evaluate.rows import Compared, Failed, KeptRows
 from kvfold.integration.capture import CaptureCache, capturing
+from kvfold.integration.models import input_device
 from kvfold.integration.spec import model_spec
 
-CODECS = (
-    *(f"rvq:bits={bits}" for bits in ("1.25", "1.75", "2.25", "3", "4")),
-    "rvq-paper",
-    *(f"turboquant:bits={bits}" for bits in (2, 3, 4)),
-)
+CODECS = tuple(f"{name}:{settings}".rstrip(":") for name, row in METHODS.items() for settings in row.compared)
+ROWS, KEPT = "rows.jsonl", "codecs"  # in the folder `keep`
 _TIMED_TOKENS = 1024
-
-
-@dataclass(frozen=True)
-class Compared:
-    """One codec and its settings.
-
-    Attributes:
-        name: as it was asked for.
-        encode_tokens_per_s, decode_tokens_per_s: tokens a second whose keys and values of all layers are coded, and decoded.
-    """
-
-    name: str
-    codec: str
-    settings: dict[str, Any]
-    encode_tokens_per_s: float
-    decode_tokens_per_s: float
-    evaluation: Evaluation
-
-    def to_json(self) -> dict[str, Any]:
-        own = {name: value for name, value in asdict(self).items() if name != "evaluation"}
-        return {**self.evaluation.to_json(), "perplexity_ratio": self.evaluation.perplexity_ratio, **own}
 
 
 def parse_codec(name: str) -> tuple[str, dict[str, str]]:
@@ -79,36 +62,73 @@ def compare(
     sinks: int = 0,
     window: int = 0,
     keep: Path | None = None,
-    each: Callable[[Compared], None] = lambda row: None,
     quiet: bool = False,
-) -> list[Compared]:
-    """Calibrate, evaluate and time every codec, in the order given.
+) -> list[Compared | Failed]:
+    """Calibrate, evaluate and time every codec, in the order given; one that fails is told and does not stop the others.
 
     Args:
         calibration_text, seed, tokens: as in `kvfold.calibrate`, the same for all.
         text, context, windows, sinks, window: as in `evaluate`.
         codecs: names from `kvfold codecs`, settings after colons: `rvq:bits=3`.
-        keep: folder of calibrated codecs; those that are there are not calibrated again.
-        each: called with every row as it is done.
+        keep: folder of finished rows, `rows.jsonl`, and calibrated codecs, `codecs/`; what is there is not done again.
+        quiet: no progress on standard error.
 
     Raises:
-        InputError: an unknown codec or setting, told before anything runs, or bad input to calibration or evaluation.
+        InputError: unknown codec or setting, bad sizes, no text, another's `rows.jsonl`; told before anything runs.
     """
     spec = model_spec(model)
     asked = [(name, *parse_codec(name)) for name in codecs]
-    for _, method, settings in asked:
-        resolve_settings(method, settings, spec.head_dim)
-    eval_windows(tokenizer, text, context, windows, spec.max_positions)
-    rows = []
-    for name, method, settings in asked:
-        fitted = calibrate_or_load(model, tokenizer, calibration_text, method, settings, seed, tokens, keep, quiet)
-        sizes = {"context": context, "windows": windows, "sinks": sinks, "window": window}
+    chosen = [(name, method, resolve_settings(method, changes, spec.head_dim)) for name, method, changes in asked]
+    ids = eval_windows(tokenizer, text, context, windows, spec.max_positions)
+    sizes = {"context": context, "windows": windows, "sinks": sinks, "window": window}
+    told = [calibration_text, seed, tokens, text, sizes, str(model.dtype), input_device(model).type]
+    kept = KeptRows(None if keep is None else keep / ROWS, recipe_of(model, told)[:16])
+    folder = None if keep is None else keep / KEPT
+
+    def measured(name: str, method: str, settings: dict[str, Any]) -> Compared:
+        fitted = calibrate_or_load(model, tokenizer, calibration_text, method, settings, seed, tokens, folder, quiet)
         result = evaluate(model, tokenizer, fitted, text, **sizes, quiet=quiet)
-        ids = eval_windows(tokenizer, text, min(context, _TIMED_TOKENS), 1, spec.max_positions)[0]
-        row = Compared(name, method, fitted.settings, *_speeds(model, fitted, ids), result)
-        each(row)
+        return Compared(name, method, settings, *_speeds(model, fitted, ids[0][:_TIMED_TOKENS]), result, circumstances())
+
+    def tell(line: str) -> None:
+        if not quiet:
+            print(line, file=sys.stderr, flush=True)
+
+    there = sum(kept.find(method, settings) is not None for _, method, settings in chosen)
+    where = "" if keep is None else f", {there} of them in {keep / ROWS} already"
+    tell(f"{len(chosen)} rows{where}; {len(chosen) - there} to calibrate and measure, {len(ids)} x {len(ids[0])} tokens each")
+    rows: list[Compared | Failed] = []
+    start = time.monotonic()
+    for number, (name, method, settings) in enumerate(chosen, 1):
+        row: Compared | Failed
+        at = f"[{number}/{len(chosen)}] {name}:"
+        if (found := kept.find(method, settings)) is not None:
+            row = replace(found, name=name)
+            tell(f"{at} {_said(row)}, measured before")
+        else:
+            try:
+                row = measured(name, method, settings)
+            except Exception as error:
+                if os.environ.get("KVFOLD_DEBUG") == "1":
+                    traceback.print_exc()
+                row = Failed(name, method, settings, _first_line(error))
+                tell(f"{at} failed: {row.error}")
+            else:
+                kept.add(row)
+                tell(f"{at} {_said(row)}, {time.monotonic() - start:.0f} s so far")
         rows.append(row)
     return rows
+
+
+def _said(row: Compared) -> str:
+    result = row.evaluation
+    return f"{result.bits_per_element:.3f} bits, {result.perplexity_ratio:.4f} x exact, KL {result.kl_mean:.4f}"
+
+
+def _first_line(error: Exception) -> str:
+    """What the command line says of an error."""
+    first = next(iter(str(error).strip().splitlines()), "no message")
+    return first if isinstance(error, InputError) else f"{type(error).__name__}: {first}"
 
 
 def _speeds(model: Any, codecs: CodecSet, ids: Tensor) -> tuple[float, float]:
