@@ -13,12 +13,15 @@ from typing import Any
 from kvfold.codecs.base import Codec, Side
 from kvfold.codecs.identity import IdentityCodec
 from kvfold.codecs.kivi import KiviCodec
+from kvfold.codecs.kvquant import KVQuantCodec
 from kvfold.codecs.residual import ResidualCodec, ResidualSettings
 from kvfold.codecs.turboquant import TurboQuantCodec
 from kvfold.errors import InputError
 from kvfold.packing import packed_bytes
 
-KINDS: dict[str, type[Codec]] = {codec.kind: codec for codec in (IdentityCodec, KiviCodec, ResidualCodec, TurboQuantCodec)}
+KINDS: dict[str, type[Codec]] = {
+    codec.kind: codec for codec in (IdentityCodec, KiviCodec, KVQuantCodec, ResidualCodec, TurboQuantCodec)
+}
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,12 @@ METHODS: dict[str, Method] = {
         "Liu et al. 2024, arXiv 2402.02750",
         {"bits": 2, "group": 32},
         _build_kivi,
+    ),
+    "kvquant": Method(
+        "levels by sensitivity, keys per channel, values per token, 1% outliers",
+        "Hooper et al. 2024, arXiv 2401.18079",
+        {"bits": 3, "outliers": 0.01, "qnorm": 2},
+        lambda side, head_dim, settings, layer: KVQuantCodec(head_dim, side, **settings),
     ),
     "identity": Method(
         "no compression, the cache's own yardstick", "kvfold", {"dtype": "float32"}, _same_for_all(IdentityCodec)
