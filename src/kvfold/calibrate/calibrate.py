@@ -1,6 +1,7 @@
 """Fitting the codecs of a model: keys and values of sample text, gathered at the cache's own seam, then k-means; with
 `ema`, codebooks then learn on from a stream of text (`ema.py`). Methods that ask for it are told which errors the loss feels
-(`integration/sensitivity.py`), and codebooks with `distill_steps` are trained end to end (`distill.py`).
+(`integration/sensitivity.py`), and codebooks with `distill_steps` are trained end to end (`distill.py`). With a `budget`,
+layers of high width are chosen by the divergence from the exact model (`search.py`).
 
 Cost: one forward pass over (at most `READ_TOKENS` of) the text, and for residual VQ about `2 * stages * iterations *
 max_vectors * codebook_size * group` multiply-adds a layer and side; see there for sensitivity and training. Memory: the model,
@@ -22,6 +23,7 @@ from kvfold.calibrate.distill import CONTEXT as CONTEXT_OF_A_STEP
 from kvfold.calibrate.distill import distill
 from kvfold.calibrate.ema import Ema, learn
 from kvfold.calibrate.recipe import recipe_of
+from kvfold.calibrate.search import search
 from kvfold.calibrate.sources import Texts, sources_of
 from kvfold.calibrate.stages import Stages
 from kvfold.calibrate.stream import first_windows
@@ -116,6 +118,8 @@ def _fit_windows(model: Any, blank: CodecSet, windows: list[Tensor], folder: Pat
     generator = torch.Generator().manual_seed(blank.info["seed"])
     steps = blank.settings.get("distill_steps", 0)
     start = time.monotonic()
+    if blank.settings.get("budget"):
+        blank = _within_budget(model, blank, windows, quiet)
     stages = Stages(folder, recipe_of(model, [blank.method, blank.settings, blank.info, windows])) if folder and steps else None
     if stages is not None and stages.step is not None:
         result = stages.fitted(generator)
@@ -132,6 +136,18 @@ def _fit_windows(model: Any, blank: CodecSet, windows: list[Tensor], folder: Pat
     if not quiet:
         print(f"calibrated in {time.monotonic() - start:.0f} s", file=sys.stderr)
     return replace(result, info={**result.info, **blank.info, "tokens": sum(map(len, windows))})
+
+
+def _within_budget(model: Any, blank: CodecSet, windows: list[Tensor], quiet: bool) -> CodecSet:
+    """`blank` with the layers of high width that the model finds best; `info["search"]` tells what was measured."""
+
+    def make(keys: int, values: int) -> CodecSet:
+        chosen = {**blank.settings, "key_layers": keys, "value_layers": values}
+        return _blank(blank.spec, blank.method, chosen, blank.info)
+
+    best, found = search(model, make, blank.settings["budget"], windows, quiet)
+    told = {"search": [[*pair, divergence] for pair, divergence in found.items()]}
+    return replace(make(*best), info={**blank.info, **told})
 
 
 def _fit_codecs(model: Any, blank: CodecSet, windows: list[Tensor], generator: torch.Generator, quiet: bool) -> CodecSet:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
+from kvfold.codecs.asymkv import build_asymkv
 from kvfold.codecs.base import Codec, Side
 from kvfold.codecs.identity import IdentityCodec
 from kvfold.codecs.kivi import KiviCodec
@@ -111,6 +112,12 @@ METHODS: dict[str, Method] = {
         "Hooper et al. 2024, arXiv 2401.18079",
         {"bits": 3, "outliers": 0.01, "qnorm": 2},
         lambda side, head_dim, settings, layer: KVQuantCodec(head_dim, side, **settings),
+    ),
+    "asymkv": Method(
+        "kivi with fewer bits for values and for later layers",
+        "Tao et al. 2024, arXiv 2410.13212",
+        {"key_layers": 16, "value_layers": 0, "high": 2, "low": 1, "group": 32, "budget": 0.0},
+        build_asymkv,
     ),
     "identity": Method(
         "no compression, the cache's own yardstick", "kvfold", {"dtype": "float32"}, _same_for_all(IdentityCodec)
