@@ -28,7 +28,7 @@ from kvfold.calibrate.sources import Texts, sources_of
 from kvfold.calibrate.stages import Stages
 from kvfold.calibrate.stream import first_windows
 from kvfold.calibrate.text import builtin_text, own_samples
-from kvfold.codecs import Codec, Side, build_codec, resolve_settings
+from kvfold.codecs import Codec, Side, build_codec, resolve_settings, settle
 from kvfold.codecs.artifact import CodecSet
 from kvfold.codecs.base import Facts
 from kvfold.config import ModelSpec
@@ -43,6 +43,7 @@ CONTEXT = 2048
 READ_TOKENS = 32768  # whose keys and values are looked at
 SAMPLE_TOKENS = 16384  # whose keys and values are kept
 SENSITIVITY_TOKENS = 8192
+_DISTORTION_TOKENS = 2048  # whose distortion is told
 _SENSITIVITY_CONTEXT = 1024
 
 
@@ -226,7 +227,7 @@ def _fit(
 ) -> CodecSet:
     keys: list[Codec | None] = []
     values: list[Codec | None] = []
-    distortion: list[list[float] | None] = []
+    seen: list[list[Tensor] | None] = []
     count = 0
     sides: tuple[Side, Side] = ("key", "value")
     each = sum(build_codec(method, side, spec.head_dim, settings).fit_steps for side in sides)
@@ -237,17 +238,23 @@ def _fit(
             if not layer.coded:
                 keys.append(None)
                 values.append(None)
-                distortion.append(None)
+                seen.append(None)
                 continue
             key, value = (build_codec(method, side, spec.head_dim, settings, index) for side in sides)
-            errors = []
             felt = moments[index] if moments else (None, None)
             for codec, sample, moment in zip((key, value), samples, felt, strict=True):
                 codec.fit(sample, generator, step, Facts(sensitivity=moment))
-                errors.append(codec.distortion(sample[:, :2048]))
             keys.append(key)
             values.append(value)
-            distortion.append(errors)
+            seen.append([sample[:, :_DISTORTION_TOKENS].clone() for sample in samples])
             count = samples[0].shape[1]
+    all_keys, all_values = settle(method, keys, values, settings)
+    distortion = [_distortions(*layer) for layer in zip(all_keys, all_values, seen, strict=True)]
     info = {"samples": count, "distortion": distortion}
-    return CodecSet(method, settings, spec, tuple(keys), tuple(values), info)
+    return CodecSet(method, settings, spec, tuple(all_keys), tuple(all_values), info)
+
+
+def _distortions(key: Codec | None, value: Codec | None, samples: list[Tensor] | None) -> list[float] | None:
+    if key is None or value is None or samples is None:
+        return None
+    return [key.distortion(samples[0]), value.distortion(samples[1])]
