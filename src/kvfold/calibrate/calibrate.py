@@ -1,6 +1,7 @@
 """Fitting the codecs of a model: keys and values of sample text, gathered at the cache's own seam, then k-means; with
 `ema`, codebooks then learn on from a stream of text (`ema.py`). Methods that ask for it are told which errors the loss feels
-(`integration/sensitivity.py`), and codebooks with `distill_steps` are trained end to end (`distill.py`).
+(`integration/sensitivity.py`), and codebooks with `distill_steps` are trained end to end (`distill.py`). With a `budget`,
+layers of high width are chosen by the divergence from the exact model (`search.py`).
 
 Cost: one forward pass over (at most `READ_TOKENS` of) the text, and for residual VQ about `2 * stages * iterations *
 max_vectors * codebook_size * group` multiply-adds a layer and side; see there for sensitivity and training. Memory: the model,
@@ -23,11 +24,12 @@ from kvfold.calibrate.distill import CONTEXT as CONTEXT_OF_A_STEP
 from kvfold.calibrate.distill import distill
 from kvfold.calibrate.ema import Ema, learn
 from kvfold.calibrate.recipe import recipe_of
+from kvfold.calibrate.search import search
 from kvfold.calibrate.sources import Texts, sources_of
 from kvfold.calibrate.stages import Stages
 from kvfold.calibrate.stream import first_windows
 from kvfold.calibrate.text import builtin_text, own_samples
-from kvfold.codecs import Codec, Side, build_codec, resolve_settings
+from kvfold.codecs import Codec, Side, build_codec, resolve_settings, settle
 from kvfold.codecs.artifact import CodecSet
 from kvfold.codecs.base import Facts
 from kvfold.config import ModelSpec
@@ -42,6 +44,7 @@ CONTEXT = 2048
 READ_TOKENS = 32768  # whose keys and values are looked at
 SAMPLE_TOKENS = 16384  # whose keys and values are kept
 SENSITIVITY_TOKENS = 8192
+_DISTORTION_TOKENS = 2048  # whose distortion is told
 _SENSITIVITY_CONTEXT = 1024
 
 
@@ -117,6 +120,8 @@ def _fit_windows(model: Any, blank: CodecSet, windows: list[Tensor], folder: Pat
     generator = torch.Generator().manual_seed(blank.info["seed"])
     steps = blank.settings.get("distill_steps", 0)
     start = time.monotonic()
+    if blank.settings.get("budget"):
+        blank = _within_budget(model, blank, windows, quiet)
     stages = Stages(folder, recipe_of(model, [blank.method, blank.settings, blank.info, windows])) if folder and steps else None
     if stages is not None and stages.step is not None:
         result = stages.fitted(generator)
@@ -133,6 +138,18 @@ def _fit_windows(model: Any, blank: CodecSet, windows: list[Tensor], folder: Pat
     if not quiet:
         print(f"calibrated in {time.monotonic() - start:.0f} s", file=sys.stderr)
     return replace(result, info={**result.info, **blank.info, "tokens": sum(map(len, windows))})
+
+
+def _within_budget(model: Any, blank: CodecSet, windows: list[Tensor], quiet: bool) -> CodecSet:
+    """`blank` with the layers of high width that the model finds best; `info["search"]` tells what was measured."""
+
+    def make(keys: int, values: int) -> CodecSet:
+        chosen = {**blank.settings, "key_layers": keys, "value_layers": values}
+        return _blank(blank.spec, blank.method, chosen, blank.info)
+
+    best, found = search(model, make, blank.settings["budget"], windows, quiet)
+    told = {"search": [[*pair, divergence] for pair, divergence in found.items()]}
+    return replace(make(*best), info={**blank.info, **told})
 
 
 def _fit_codecs(model: Any, blank: CodecSet, windows: list[Tensor], generator: torch.Generator, quiet: bool) -> CodecSet:
@@ -211,31 +228,37 @@ def _fit(
 ) -> CodecSet:
     keys: list[Codec | None] = []
     values: list[Codec | None] = []
-    distortion: list[list[float] | None] = []
+    seen: list[list[Tensor] | None] = []
     count = 0
     sides: tuple[Side, Side] = ("key", "value")
     each = sum(build_codec(method, side, spec.head_dim, settings).fit_steps for side in sides)
     steps = sum(layer.coded for layer in spec.layers) * each
     with Progress("fitting codebooks", steps, quiet) as step:
         for index, layer in enumerate(spec.layers):
-            samples = cache.samples(index)
+            samples = list(cache.samples(index))
             if not layer.coded:
                 keys.append(None)
                 values.append(None)
-                distortion.append(None)
+                seen.append(None)
                 continue
             key, value = (build_codec(method, side, spec.head_dim, settings, index) for side in sides)
-            errors = []
             felt = moments[index] if moments else (None, None)
-            for codec, sample, moment in zip((key, value), samples, felt, strict=True):
+            for number, (codec, moment) in enumerate(zip((key, value), felt, strict=True)):
                 place = partial(cache.place, index) if codec.centers else None
-                codec.fit(sample, generator, step, Facts(sensitivity=moment, place=place))
+                codec.fit(samples[number], generator, step, Facts(sensitivity=moment, place=place))
                 if codec.center is not None and place is not None:
-                    sample = place(sample - codec.center[:, None])
-                errors.append(codec.distortion(sample[:, :2048]))
+                    samples[number] = place(samples[number] - codec.center[:, None])
             keys.append(key)
             values.append(value)
-            distortion.append(errors)
+            seen.append([sample[:, :_DISTORTION_TOKENS].clone() for sample in samples])
             count = samples[0].shape[1]
+    all_keys, all_values = settle(method, keys, values, settings)
+    distortion = [_distortions(*layer) for layer in zip(all_keys, all_values, seen, strict=True)]
     info = {"samples": count, "distortion": distortion}
-    return CodecSet(method, settings, spec, tuple(keys), tuple(values), info)
+    return CodecSet(method, settings, spec, tuple(all_keys), tuple(all_values), info)
+
+
+def _distortions(key: Codec | None, value: Codec | None, samples: list[Tensor] | None) -> list[float] | None:
+    if key is None or value is None or samples is None:
+        return None
+    return [key.distortion(samples[0]), value.distortion(samples[1])]

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.calibrate.divergence import Divergence
+from kvfold.calibrate.divergence import Divergence, divergences
 from kvfold.calibrate.stages import EVERY, Stages
 from kvfold.codecs import Codec
 from kvfold.codecs.artifact import CodecSet
@@ -64,9 +64,9 @@ def distill(
     train, held = list(windows[:-1]) or list(windows), windows[-1][:CONTEXT]
     model.eval()
     try:
-        before = _divergence(model, started, held, device)
+        (before,) = divergences(model, [started], held)
         trained = _train(model, started, train, steps, generator, stages, quiet)
-        after = _divergence(model, trained, held, device)
+        (after,) = divergences(model, [trained], held)
     finally:
         model.train(training)
     if not quiet:
@@ -135,17 +135,6 @@ def _restore(state: dict[str, Tensor], tables: Sequence[Tensor], optimizer: torc
 
 def _each(codecs: Sequence[Codec | None], change: Any) -> tuple[Codec | None, ...]:
     return tuple(change(codec) if isinstance(codec, ResidualCodec) else codec for codec in codecs)
-
-
-@torch.no_grad()
-def _divergence(model: Any, codecs: CodecSet, ids: Tensor, device: torch.device) -> float:
-    ids = ids.to(device)[None]
-    cache = StraightThroughCache(codecs, gathering=False)
-    with reduced_precision(model):
-        exact = model(input_ids=ids, use_cache=False).logits[0]
-        with hooked(model, lambda: cache):
-            coded = model(input_ids=ids, use_cache=True).logits[0]
-    return float(Divergence.apply(coded, exact))
 
 
 def _passage(windows: Sequence[Tensor], generator: torch.Generator) -> Tensor:

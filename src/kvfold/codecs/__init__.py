@@ -6,19 +6,26 @@ Adding a method is one file beside this one, its codec class in `KINDS` and its 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from kvfold.codecs.asymkv import build_asymkv
 from kvfold.codecs.base import Codec, Side
 from kvfold.codecs.identity import IdentityCodec
 from kvfold.codecs.kivi import KiviCodec
+from kvfold.codecs.kvquant import KVQuantCodec
+from kvfold.codecs.opq import OpqCodec, build_opq, settle_opq
 from kvfold.codecs.residual import ResidualCodec, ResidualSettings
 from kvfold.codecs.turboquant import TurboQuantCodec
 from kvfold.errors import InputError
 from kvfold.packing import packed_bytes
 
-KINDS: dict[str, type[Codec]] = {codec.kind: codec for codec in (IdentityCodec, KiviCodec, ResidualCodec, TurboQuantCodec)}
+KINDS: dict[str, type[Codec]] = {
+    codec.kind: codec for codec in (IdentityCodec, KiviCodec, KVQuantCodec, OpqCodec, ResidualCodec, TurboQuantCodec)
+}
+
+Codecs = Sequence[Codec | None]  # of one side, a codec a layer
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,7 @@ class Method:
         build: `(side, head_dim, settings, layer) -> Codec`, unfitted.
         compared: settings that `kvfold compare` measures by itself, a row each, as after the colon of `--codecs`; "" is the
             defaults.
+        settle: `(keys, values, settings) -> (keys, values)`, what is decided when the codecs of all layers are fitted.
     """
 
     summary: str
@@ -39,6 +47,7 @@ class Method:
     defaults: dict[str, Any]
     build: Callable[[Side, int, dict[str, Any], int], Codec]
     compared: tuple[str, ...] = ("",)
+    settle: Callable[[Codecs, Codecs, dict[str, Any]], tuple[Codecs, Codecs]] | None = None
 
 
 def _build_residual(side: Side, head_dim: int, settings: dict[str, Any], layer: int) -> Codec:
@@ -115,6 +124,28 @@ METHODS: dict[str, Method] = {
         _build_kivi,
         compared=("bits=2", "bits=4"),
     ),
+    "kvquant": Method(
+        "levels by sensitivity, keys per channel, values per token, 1% outliers",
+        "Hooper et al. 2024, arXiv 2401.18079",
+        {"bits": 3, "outliers": 0.01, "qnorm": 2},
+        lambda side, head_dim, settings, layer: KVQuantCodec(head_dim, side, **settings),
+        compared=("bits=2", "bits=3", "bits=4"),
+    ),
+    "asymkv": Method(
+        "kivi with fewer bits for values and for later layers",
+        "Tao et al. 2024, arXiv 2410.13212",
+        {"key_layers": 16, "value_layers": 0, "high": 2, "low": 1, "group": 32, "budget": 0.0},
+        build_asymkv,
+        compared=("key_layers=30:value_layers=0", "key_layers=15:value_layers=15:high=4:low=2"),
+    ),
+    "opq": Method(
+        "uniform levels with a pruning threshold, widths of layers by one budget",
+        "Hu et al. 2021, arXiv 2205.11141",
+        {"bits": 3.0, "weight": "sensitivity"},
+        build_opq,
+        compared=("bits=2", "bits=3", "bits=4"),
+        settle=settle_opq,
+    ),
     "identity": Method(
         "no compression, the cache's own yardstick",
         "kvfold",
@@ -173,6 +204,12 @@ def build_codec(name: str, side: Side, head_dim: int, settings: dict[str, Any], 
     return method(name).build(side, head_dim, settings, layer)
 
 
+def settle(name: str, keys: Codecs, values: Codecs, settings: dict[str, Any]) -> tuple[Codecs, Codecs]:
+    """The codecs of all layers, each fitted, as method `name` leaves them."""
+    final = method(name).settle
+    return (keys, values) if final is None else final(keys, values, settings)
+
+
 def _convert(key: str, value: Any, to: type) -> Any:
     try:
         converted = to(value)
@@ -208,4 +245,4 @@ def _stages_for(bits: float, settings: dict[str, Any], head_dim: int) -> dict[st
     return {"stages": both // 2, "extra_value_stages": both % 2}
 
 
-__all__ = ["KINDS", "METHODS", "Codec", "Method", "Side", "build_codec", "method", "resolve_settings"]
+__all__ = ["KINDS", "METHODS", "Codec", "Method", "Side", "build_codec", "method", "resolve_settings", "settle"]
