@@ -13,12 +13,15 @@ from typing import Any
 from kvfold.codecs.base import Codec, Side
 from kvfold.codecs.identity import IdentityCodec
 from kvfold.codecs.kivi import KiviCodec
+from kvfold.codecs.qjl import PROJECTIONS, QjlCodec
 from kvfold.codecs.residual import ResidualCodec, ResidualSettings
 from kvfold.codecs.turboquant import TurboQuantCodec
 from kvfold.errors import InputError
 from kvfold.packing import packed_bytes
 
-KINDS: dict[str, type[Codec]] = {codec.kind: codec for codec in (IdentityCodec, KiviCodec, ResidualCodec, TurboQuantCodec)}
+KINDS: dict[str, type[Codec]] = {
+    codec.kind: codec for codec in (IdentityCodec, KiviCodec, QjlCodec, ResidualCodec, TurboQuantCodec)
+}
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,13 @@ def _same_for_all(kind: type[Codec]) -> Callable[[Side, int, dict[str, Any], int
 
 def _build_kivi(side: Side, head_dim: int, settings: dict[str, Any], layer: int) -> Codec:
     return KiviCodec(head_dim, "channel" if side == "key" else "token", settings["bits"], settings["group"])
+
+
+def _build_qjl(side: Side, head_dim: int, settings: dict[str, Any], layer: int) -> Codec:
+    if side == "value":
+        return KiviCodec(head_dim, "token", settings["value_bits"], settings["group"])
+    own = {name: settings[name] for name in ("outliers", "outlier_sketch", "group", "projection", "seed")}
+    return QjlCodec(head_dim, settings["first_sketch" if layer < settings["first_layers"] else "sketch"], **own)
 
 
 _PAPER: dict[str, Any] = {
@@ -103,6 +113,22 @@ METHODS: dict[str, Method] = {
         {"bits": 2, "group": 32},
         _build_kivi,
     ),
+    "qjl": Method(
+        "keys as signs of random projections, outlier channels apart; values as kivi",
+        "Zandieh et al. 2024, arXiv 2406.03482",
+        {
+            "sketch": 2,
+            "first_sketch": 4,
+            "first_layers": 15,
+            "outliers": 8,
+            "outlier_sketch": 1,
+            "group": 32,
+            "value_bits": 2,
+            "projection": "orthogonal",
+            "seed": 0,
+        },
+        _build_qjl,
+    ),
     "identity": Method(
         "no compression, the cache's own yardstick", "kvfold", {"dtype": "float32"}, _same_for_all(IdentityCodec)
     ),
@@ -115,10 +141,11 @@ _CHOICES = {
     "sharing": ("layer", "head"),
     "codebook_dtype": ("float16", "float8"),
     "scale_bits": (8, 16),
+    "projection": PROJECTIONS,
 }
 
 
-_AT_LEAST_0 = ("extra_value_stages", "distill_steps")
+_AT_LEAST_0 = ("extra_value_stages", "distill_steps", "first_layers", "seed")
 
 
 def method(name: str) -> Method:
