@@ -12,6 +12,7 @@ from typing import Any
 
 from kvfold.codecs.base import Codec, Side
 from kvfold.codecs.identity import IdentityCodec
+from kvfold.codecs.kashin import KashinCodec
 from kvfold.codecs.kivi import KiviCodec
 from kvfold.codecs.qjl import PROJECTIONS, QjlCodec
 from kvfold.codecs.residual import ResidualCodec, ResidualSettings
@@ -20,7 +21,7 @@ from kvfold.errors import InputError
 from kvfold.packing import packed_bytes
 
 KINDS: dict[str, type[Codec]] = {
-    codec.kind: codec for codec in (IdentityCodec, KiviCodec, QjlCodec, ResidualCodec, TurboQuantCodec)
+    codec.kind: codec for codec in (IdentityCodec, KashinCodec, KiviCodec, QjlCodec, ResidualCodec, TurboQuantCodec)
 }
 
 
@@ -128,6 +129,12 @@ METHODS: dict[str, Method] = {
             "seed": 0,
         },
         _build_qjl,
+    ),
+    "kashin": Method(
+        "sum of two flat vectors in two bases, few levels each",
+        "Merkulov et al. 2024, arXiv 2404.09737",
+        {"bits": 2, "steps": 8, "refine": 4},
+        _same_for_all(KashinCodec),
     ),
     "identity": Method(
         "no compression, the cache's own yardstick", "kvfold", {"dtype": "float32"}, _same_for_all(IdentityCodec)
