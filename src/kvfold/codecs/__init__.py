@@ -105,7 +105,7 @@ METHODS: dict[str, Method] = {
     "turboquant": Method(
         "random rotation, Lloyd-Max levels",
         "Zandieh et al. 2025, arXiv 2504.19874",
-        {"bits": 2},
+        {"bits": 2, "outliers": 0, "outlier_bits": 3},
         _same_for_all(TurboQuantCodec),
     ),
     "kivi": Method(
