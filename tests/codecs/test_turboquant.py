@@ -1,4 +1,4 @@
-"""Rotation and one table for all (`kvfold/codecs/turboquant.py`)."""
+"""Rotation and one table for all (`kvfold/codecs/turboquant.py`), and its variant for inner products (`turboquant_prod.py`)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from kvfold.codecs import build_codec, resolve_settings
 from kvfold.codecs.levels import normal_levels
 from kvfold.codecs.transform import rotation
 from kvfold.codecs.turboquant import TurboQuantCodec
+from kvfold.codecs.turboquant_prod import TurboQuantProdCodec
 from kvfold.errors import InputError
 
 
@@ -117,6 +118,54 @@ def test_mixed_widths_want_a_calibration() -> None:
 def test_bad_outliers_are_refused(changes: dict[str, int]) -> None:
     with pytest.raises(InputError, match=r"expected .+; got .+; .+\."):
         TurboQuantCodec(16, **changes)  # type: ignore[arg-type]
+
+
+def test_inner_products_of_prod_are_unbiased_and_those_of_levels_are_not() -> None:
+    torch.manual_seed(0)
+    keys = torch.randn(40, 64) * torch.logspace(-1, 1, 64)
+    exact = keys.square().sum(-1)  # keys as their own queries, where levels shrink most
+    drawn = []
+    for seed in range(300):
+        codec = TurboQuantProdCodec(64, 2, seed)
+        latent = codec.latent(codec.encode(keys[None, None]))[0, 0]
+        drawn.append((latent * (keys @ codec.basis.T)).sum(-1) / exact)
+    ratio = torch.stack(drawn)
+    error = ratio.std(0) / 300**0.5
+    assert bool(((ratio.mean(0) - 1).abs() < 4 * error + 2**-10).all())  # and two float16 norms
+    assert float(ratio.mean()) == pytest.approx(1, abs=0.005)
+    plain = TurboQuantCodec(64, 2)
+    levels = plain.decode(plain.encode(keys[None, None]))[0, 0]
+    assert float(((levels * keys).sum(-1) / exact).mean()) == pytest.approx(1 - 0.1175, abs=0.03)  # 40 keys
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_signs_give_back_their_share_of_the_residual(bits: int) -> None:
+    """A rotation's signs leave `pi / 2 - 1` of the square of what they describe."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 4000, 64)
+    left = TurboQuantCodec(64, bits - 1).distortion(x)
+    assert TurboQuantProdCodec(64, bits).distortion(x) == pytest.approx((math.pi / 2 - 1) * left, rel=0.03)
+
+
+def test_prod_is_for_keys() -> None:
+    settings = resolve_settings("turboquant-prod", {"bits": 4}, 64)
+    key, value = (build_codec("turboquant-prod", side, 64, settings) for side in ("key", "value"))
+    x = torch.randn(2, 3, 5, 64)
+    assert key.bits_per_element == 8 * key.encode(x).nbytes / x.numel() == 4.5
+    assert (value.kind, value.bits_per_element) == ("turboquant", 4.25)
+
+
+def test_zeros_of_prod_stay_zeros_and_huge_vectors_finite() -> None:
+    codec = TurboQuantProdCodec(16)
+    assert not codec.decode(codec.encode(torch.zeros(1, 1, 2, 16))).any()
+    for size in (1e30, 3e38):
+        assert bool(codec.decode(codec.encode(torch.full((1, 1, 1, 16), size))).isfinite().all())
+
+
+@pytest.mark.parametrize("bits", [1, 10])
+def test_bits_of_prod_out_of_range_are_refused(bits: int) -> None:
+    with pytest.raises(InputError, match="bits from 2 to 9"):
+        TurboQuantProdCodec(64, bits)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])

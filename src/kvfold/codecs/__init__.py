@@ -17,11 +17,13 @@ from kvfold.codecs.kivi import KiviCodec
 from kvfold.codecs.qjl import PROJECTIONS, QjlCodec
 from kvfold.codecs.residual import ResidualCodec, ResidualSettings
 from kvfold.codecs.turboquant import TurboQuantCodec
+from kvfold.codecs.turboquant_prod import TurboQuantProdCodec
 from kvfold.errors import InputError
 from kvfold.packing import packed_bytes
 
 KINDS: dict[str, type[Codec]] = {
-    codec.kind: codec for codec in (IdentityCodec, KashinCodec, KiviCodec, QjlCodec, ResidualCodec, TurboQuantCodec)
+    codec.kind: codec
+    for codec in (IdentityCodec, KashinCodec, KiviCodec, QjlCodec, ResidualCodec, TurboQuantCodec, TurboQuantProdCodec)
 }
 
 
@@ -65,6 +67,10 @@ def _build_qjl(side: Side, head_dim: int, settings: dict[str, Any], layer: int) 
         return KiviCodec(head_dim, "token", settings["value_bits"], settings["group"])
     own = {name: settings[name] for name in ("outliers", "outlier_sketch", "group", "projection", "seed")}
     return QjlCodec(head_dim, settings["first_sketch" if layer < settings["first_layers"] else "sketch"], **own)
+
+
+def _build_turboquant_prod(side: Side, head_dim: int, settings: dict[str, Any], layer: int) -> Codec:
+    return TurboQuantProdCodec(head_dim, **settings) if side == "key" else TurboQuantCodec(head_dim, settings["bits"])
 
 
 _PAPER: dict[str, Any] = {
@@ -113,6 +119,12 @@ METHODS: dict[str, Method] = {
         "Liu et al. 2024, arXiv 2402.02750",
         {"bits": 2, "group": 32},
         _build_kivi,
+    ),
+    "turboquant-prod": Method(
+        "turboquant with a bit less, and the signs of a projection of what it leaves of keys",
+        "Zandieh et al. 2025, arXiv 2504.19874",
+        {"bits": 3, "seed": 0},
+        _build_turboquant_prod,
     ),
     "qjl": Method(
         "keys as signs of random projections, outlier channels apart; values as kivi",

@@ -15,7 +15,7 @@ rotation. The channel numbers are the codec's only tensor:
 
     bits per element = (outliers * outlier_bits + (D - outliers) * bits + 32) / D.
 
-Keys are coded after RoPE. The variant for unbiased inner products is not here.
+Keys are coded after RoPE. The paper's variant for unbiased inner products is `turboquant-prod`.
 """
 
 from __future__ import annotations
