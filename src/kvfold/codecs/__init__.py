@@ -65,8 +65,9 @@ def _build_kivi(side: Side, head_dim: int, settings: dict[str, Any], layer: int)
 def _build_qjl(side: Side, head_dim: int, settings: dict[str, Any], layer: int) -> Codec:
     if side == "value":
         return KiviCodec(head_dim, "token", settings["value_bits"], settings["group"])
-    own = {name: settings[name] for name in ("outliers", "outlier_sketch", "group", "projection", "seed")}
-    return QjlCodec(head_dim, settings["first_sketch" if layer < settings["first_layers"] else "sketch"], **own)
+    first = "first_" if layer < settings["first_layers"] else ""
+    own = {name: settings[name] for name in ("outliers", "group", "projection", "seed")}
+    return QjlCodec(head_dim, settings[f"{first}sketch"], outlier_sketch=settings[f"{first}outlier_sketch"], **own)
 
 
 def _build_turboquant_prod(side: Side, head_dim: int, settings: dict[str, Any], layer: int) -> Codec:
@@ -131,10 +132,11 @@ METHODS: dict[str, Method] = {
         "Zandieh et al. 2024, arXiv 2406.03482",
         {
             "sketch": 2,
-            "first_sketch": 4,
+            "outlier_sketch": 2,
             "first_layers": 15,
+            "first_sketch": 4,
+            "first_outlier_sketch": 1,
             "outliers": 8,
-            "outlier_sketch": 1,
             "group": 32,
             "value_bits": 2,
             "projection": "orthogonal",

@@ -50,7 +50,7 @@ class QjlCodec(Codec):
         head_dim: int,
         sketch: int = 2,
         outliers: int = 8,
-        outlier_sketch: int = 1,
+        outlier_sketch: int = 2,
         group: int = 32,
         projection: str = "orthogonal",
         seed: int = 0,
