@@ -16,7 +16,12 @@ from kvfold.codecs.base import Facts
 from kvfold.config import LayerSpec, ModelSpec, RopeSpec
 
 DIM, HEADS = 16, 2
-SETTINGS = {"group": 8, "codebook_size": 12, "stages": 3, "iterations": 3, "value_layers": 1}  # layer 0 at asymkv's high width
+SETTINGS = {"group": 8, "codebook_size": 12, "stages": 3, "iterations": 3}
+OWN = {
+    "asymkv": {"value_layers": 1},
+    "turboquant": {"outliers": 4},
+    "qjl": {"outliers": 4},
+}  # asymkv: layer 0 at its high width
 SPEC = ModelSpec(
     model_type="llama",
     heads=4,
@@ -37,7 +42,7 @@ def samples(tokens: int = 304, seed: int = 0, heads: int = HEADS, dim: int = DIM
 def small_settings(name: str, **changes: Any) -> dict[str, Any]:
     """Settings of a method that fit in a moment; `SETTINGS` and `changes` it does not know are left out."""
     known = METHODS[name].defaults
-    return resolve_settings(name, {k: v for k, v in {**SETTINGS, **changes}.items() if k in known}, DIM)
+    return resolve_settings(name, {k: v for k, v in {**SETTINGS, **OWN.get(name, {}), **changes}.items() if k in known}, DIM)
 
 
 def place(keys: Tensor) -> Tensor:

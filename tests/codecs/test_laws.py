@@ -79,7 +79,9 @@ def test_blocks_of_tokens_are_coded_independently(codec: Codec, start: int, stop
     start, stop = (-(-slot // codec.block) * codec.block for slot in (start, stop))
     codes = codec.encode(x)
     assert_same(codec.encode(x[:, :, start:stop]), codes.slice(start, stop))
-    assert torch.equal(codec.decode(codes.slice(start, stop)), codec.decode(codes)[:, :, start:stop])
+    # with a basis of its own for each head, a product may sum in another order for another number of tokens
+    exact = {"rtol": 0, "atol": 0} if codec.basis is None or codec.basis.ndim == 2 else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(codec.decode(codes.slice(start, stop)), codec.decode(codes)[:, :, start:stop], **exact)
 
 
 def test_tokens_that_fill_no_block_are_refused(codec: Codec) -> None:

@@ -13,16 +13,30 @@ from typing import Any
 from kvfold.codecs.asymkv import build_asymkv
 from kvfold.codecs.base import Codec, Side
 from kvfold.codecs.identity import IdentityCodec
+from kvfold.codecs.kashin import KashinCodec
 from kvfold.codecs.kivi import KiviCodec
 from kvfold.codecs.kvquant import KVQuantCodec
 from kvfold.codecs.opq import OpqCodec, build_opq, settle_opq
+from kvfold.codecs.qjl import PROJECTIONS, QjlCodec
 from kvfold.codecs.residual import ResidualCodec, ResidualSettings
 from kvfold.codecs.turboquant import TurboQuantCodec
+from kvfold.codecs.turboquant_prod import TurboQuantProdCodec
 from kvfold.errors import InputError
 from kvfold.packing import packed_bytes
 
 KINDS: dict[str, type[Codec]] = {
-    codec.kind: codec for codec in (IdentityCodec, KiviCodec, KVQuantCodec, OpqCodec, ResidualCodec, TurboQuantCodec)
+    codec.kind: codec
+    for codec in (
+        IdentityCodec,
+        KashinCodec,
+        KiviCodec,
+        KVQuantCodec,
+        OpqCodec,
+        QjlCodec,
+        ResidualCodec,
+        TurboQuantCodec,
+        TurboQuantProdCodec,
+    )
 }
 
 Codecs = Sequence[Codec | None]  # of one side, a codec a layer
@@ -69,6 +83,18 @@ def _build_kivi(side: Side, head_dim: int, settings: dict[str, Any], layer: int)
     return KiviCodec(head_dim, "channel" if side == "key" else "token", settings["bits"], settings["group"])
 
 
+def _build_qjl(side: Side, head_dim: int, settings: dict[str, Any], layer: int) -> Codec:
+    if side == "value":
+        return KiviCodec(head_dim, "token", settings["value_bits"], settings["group"])
+    first = "first_" if layer < settings["first_layers"] else ""
+    own = {name: settings[name] for name in ("outliers", "group", "projection", "seed")}
+    return QjlCodec(head_dim, settings[f"{first}sketch"], outlier_sketch=settings[f"{first}outlier_sketch"], **own)
+
+
+def _build_turboquant_prod(side: Side, head_dim: int, settings: dict[str, Any], layer: int) -> Codec:
+    return TurboQuantProdCodec(head_dim, **settings) if side == "key" else TurboQuantCodec(head_dim, settings["bits"])
+
+
 _PAPER: dict[str, Any] = {
     "group": 32,
     "codebook_size": 2048,
@@ -113,9 +139,9 @@ METHODS: dict[str, Method] = {
     "turboquant": Method(
         "random rotation, Lloyd-Max levels",
         "Zandieh et al. 2025, arXiv 2504.19874",
-        {"bits": 2},
+        {"bits": 2, "outliers": 0, "outlier_bits": 3},
         _same_for_all(TurboQuantCodec),
-        compared=("bits=2", "bits=3", "bits=4"),
+        compared=("bits=2", "outliers=16", "bits=3", "bits=4"),
     ),
     "kivi": Method(
         "integers between minimum and maximum, keys per channel, values per token",
@@ -146,6 +172,38 @@ METHODS: dict[str, Method] = {
         compared=("bits=2", "bits=3", "bits=4"),
         settle=settle_opq,
     ),
+    "turboquant-prod": Method(
+        "turboquant with a bit less, and the signs of a projection of what it leaves of keys",
+        "Zandieh et al. 2025, arXiv 2504.19874",
+        {"bits": 3, "seed": 0},
+        _build_turboquant_prod,
+        compared=("bits=3", "bits=4"),
+    ),
+    "qjl": Method(
+        "keys as signs of random projections, outlier channels apart; values as kivi",
+        "Zandieh et al. 2024, arXiv 2406.03482",
+        {
+            "sketch": 2,
+            "outlier_sketch": 2,
+            "first_layers": 15,
+            "first_sketch": 4,
+            "first_outlier_sketch": 1,
+            "outliers": 8,
+            "group": 32,
+            "value_bits": 2,
+            "projection": "orthogonal",
+            "seed": 0,
+        },
+        _build_qjl,
+        compared=("first_layers=0", ""),
+    ),
+    "kashin": Method(
+        "sum of two flat vectors in two bases, few levels each",
+        "Merkulov et al. 2024, arXiv 2404.09737",
+        {"bits": 2, "steps": 8, "refine": 4},
+        _same_for_all(KashinCodec),
+        compared=("bits=1", "bits=2"),
+    ),
     "identity": Method(
         "no compression, the cache's own yardstick",
         "kvfold",
@@ -163,10 +221,11 @@ _CHOICES = {
     "codebook_dtype": ("float16", "float8"),
     "scale_bits": (8, 16),
     "center": (0, 1),
+    "projection": PROJECTIONS,
 }
 
 
-_AT_LEAST_0 = ("extra_value_stages", "distill_steps")
+_AT_LEAST_0 = ("extra_value_stages", "distill_steps", "first_layers", "seed")
 
 
 def method(name: str) -> Method:

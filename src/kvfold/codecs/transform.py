@@ -17,6 +17,15 @@ def hadamard(dim: int) -> Tensor:
     return matrix / math.sqrt(dim)
 
 
+def haar(dim: int, generator: torch.Generator) -> Tensor:
+    """Orthogonal matrix that is uniformly distributed over all of them, float32 `[dim, dim]`.
+
+    The Q of a normal matrix, with the signs that make it unique (Mezzadri, arXiv math-ph/0609050).
+    """
+    q, r = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64))
+    return (q * r.diagonal().sign()).float()
+
+
 @cache
 def rotation(dim: int, seed: int = 0) -> Tensor:
     """Random orthogonal matrix, float32 `[dim, dim]`: a Hadamard matrix with random signs where `dim` is a power of two.
@@ -25,5 +34,5 @@ def rotation(dim: int, seed: int = 0) -> Tensor:
     """
     generator = torch.Generator().manual_seed(seed)
     if dim & (dim - 1):
-        return torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64))[0].float()
+        return haar(dim, generator)
     return hadamard(dim) * (2.0 * torch.randint(2, (dim,), generator=generator) - 1)
