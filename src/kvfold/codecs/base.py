@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -236,7 +237,8 @@ def attend(
         chosen = value_codes.slice(start, stop)
         return k, value_codec.decode(chosen) if value_basis is None else value_codec.latent(chosen)
 
-    out, lse = ops.attend_tiles(query, read, key_codes.tokens, mask, softmax_scale, softcap)
+    block = math.lcm(key_codec.block, value_codec.block)
+    out, lse = ops.attend_tiles(query, read, key_codes.tokens, mask, softmax_scale, softcap, block)
     return out if value_basis is None else _by_head(out, value_basis.to(out.device)), lse
 
 

@@ -117,16 +117,18 @@ def attend_tiles(
     mask: Tensor | None,
     softmax_scale: float,
     softcap: float | None = None,
+    block: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Attention over `length` keys that `read(start, stop)` returns as dense `(keys, values) [B, G, stop - start, D]`.
 
-    Other arguments and results as in `attend`. Blocks of queries that a tile is masked for are skipped.
+    `start` is a multiple of `block`, for codes that can be cut there only. Other arguments and results as in `attend`. Blocks of queries that a tile is masked for are skipped.
     """
     batch, heads, queries, _ = query.shape
     out: Tensor | None = None
     lse = torch.full((batch, heads, queries), -torch.inf, device=query.device)
-    for start in range(0, length, _KEY_TILE):
-        stop = min(start + _KEY_TILE, length)
+    tile = max(_KEY_TILE // block, 1) * block
+    for start in range(0, length, tile):
+        stop = min(start + tile, length)
         tile_mask = None if mask is None else mask[..., start:stop]
         spans = _query_spans(queries, tile_mask)
         if not spans:
