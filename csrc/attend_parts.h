@@ -20,6 +20,24 @@ inline float half_to_float(uint16_t bits) {
   return static_cast<float>(half);
 }
 
+// Rows that are read next, asked for in `times` shares while there is other work, so that far memory is not waited for.
+class Ahead {
+ public:
+  Ahead(const uint8_t* rows, int64_t stride, int64_t count, int64_t times)
+      : at_(rows), end_(rows + std::max<int64_t>(0, count) * stride), step_(stride <= kFar ? kLine : stride) {
+    share_ = ((end_ - at_) / std::max<int64_t>(1, times) / step_ + 1) * step_;
+  }
+
+  void ask() {
+    for (const uint8_t* to = end_ - at_ < share_ ? end_ : at_ + share_; at_ < to; at_ += step_) __builtin_prefetch(at_, 0, 2);
+  }
+
+ private:
+  static constexpr int64_t kLine = 64, kFar = 256;  // rows further apart are no piece of memory to be read as a whole
+  const uint8_t *at_, *end_;
+  int64_t step_, share_;
+};
+
 // Codes of tokens first..first+count-1 as 16-bit numbers, `[count][codes]`.
 inline void unpack(const Side& side, const uint8_t* row, int64_t count, uint16_t* to) {
   const int64_t codes = side.books->codes(), bytes = (codes * side.bits + 7) / 8;
@@ -55,16 +73,31 @@ inline const uint8_t* code_row(const Side& side, int64_t b, int64_t g, int64_t t
 inline void read_scales(const Side& side, int64_t b, int64_t g, int64_t first, int64_t count, float* to) {
   const int64_t at = b * side.scale_batch_stride + g * side.scale_head_stride + first * side.scale_token_stride;
   const int64_t stride = side.scale_token_stride;
-  if (side.short_scale) {
-    const uint8_t* from = static_cast<const uint8_t*>(side.scale) + at;
-    for (int64_t t = 0; t < count; t++) to[t] = half_to_float(static_cast<uint16_t>(from[t * stride] << 7));
-    return;
-  }
-  const uint16_t* from = static_cast<const uint16_t*>(side.scale) + at;
-  if (stride == 1)
-    for (int64_t t = 0; t < count; t++) to[t] = half_to_float(from[t]);
+  const auto read = [&](const auto* from, int up) {
+    int64_t t = 0;
+    for (; t + lanes <= count; t += lanes) {
+      uint16_t halves[lanes];
+      for (int i = 0; i < lanes; i++) halves[i] = static_cast<uint16_t>(from[(t + i) * stride] << up);
+      store(to + t, load_halves(halves));
+    }
+    for (; t < count; t++) to[t] = half_to_float(static_cast<uint16_t>(from[t * stride] << up));
+  };
+  if (side.short_scale)
+    read(static_cast<const uint8_t*>(side.scale) + at, 7);
   else
-    for (int64_t t = 0; t < count; t++) to[t] = half_to_float(from[t * stride]);
+    read(static_cast<const uint16_t*>(side.scale) + at, 0);
+}
+
+// The largest of `tokens` scales, without their signs.
+inline float largest_scale(const Side& side, int64_t b, int64_t g, int64_t tokens) {
+  const int64_t at = b * side.scale_batch_stride + g * side.scale_head_stride, stride = side.scale_token_stride;
+  const auto largest = [&](const auto* from, int up) {
+    unsigned most = 0;  // the bits of positive halves are in their order
+    for (int64_t t = 0; t < tokens; t++) most = std::max(most, unsigned{from[t * stride]} << up & 0x7fffu);
+    return half_to_float(static_cast<uint16_t>(most));
+  };
+  return side.short_scale ? largest(static_cast<const uint8_t*>(side.scale) + at, 7)
+                          : largest(static_cast<const uint16_t*>(side.scale) + at, 0);
 }
 
 // softcap * tanh(score / softcap)

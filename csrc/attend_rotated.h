@@ -143,10 +143,11 @@ class RotatedScores {
 
   // Scores (without the keys' scales) of keys first..first+count-1, `[count][kWidth]`, with room for a multiple of 4 keys.
   template <int kWidth>
-  void scores(int64_t first, int64_t count, float* to) {
+  void scores(int64_t first, int64_t count, float* to, Ahead next) {
     const Books& books = *call_.key.books;
     for (int64_t t = 0; t < count; t += kRotationTile) {
       const int64_t size = std::min(kRotationTile, count - t);
+      next.ask();
       turn(first + t, size);
       const uint8_t* row = code_row(call_.key, b_, g_, first + t);
       if (codes_.empty()) {
@@ -295,7 +296,7 @@ struct RotatedPlan {
 struct RotatedScores {
   RotatedScores(const RotatedPlan&, const AttendCall&, int64_t, int64_t, int64_t, int64_t) {}
   template <int kWidth>
-  void scores(int64_t, int64_t, float*) {}
+  void scores(int64_t, int64_t, float*, Ahead) {}
 };
 
 #endif

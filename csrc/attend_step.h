@@ -9,8 +9,11 @@
 #pragma once
 
 #include <numeric>
+#include <optional>
 
+#include "attend_bytes.h"
 #include "attend_rotated.h"
+#include "attend_rows.h"
 #include "attend_tiles.h"
 
 namespace kvfold {
@@ -19,185 +22,102 @@ constexpr int64_t kStepBlock = 2048;  // keys whose scores are held at a time
 constexpr int64_t kStepChunk = 16384;  // keys of a piece of work at most
 constexpr int64_t kStepLeast = 1024;   // and at least, if there are so many
 constexpr int64_t kStepPieces = 8;     // wanted
-constexpr int64_t kLaneBlock = 8;      // codes whose tables are in the first-level cache together
+constexpr float kByteError = 4e-4f;     // of a score from tables of 16-bit integers, expected; about that of an output
 constexpr float kRescale = 20;         // a maximum that rises by less needs no rescaling in float32
 constexpr float kSkipShare = 0.1f;     // of the norm of the sum of all weights times the longest value, assumed of an output
 
-template <class Code>
-constexpr bool kPackedLoad = sizeof(Code) == 1 && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__;
-
-// Byte `l` of `eight` times a power of two, in two instructions.
-template <int kFactor>
-inline int64_t byte_times(uint64_t eight, int l) {
-  constexpr int shift = __builtin_ctz(kFactor);
-  const uint64_t moved = 8 * l < shift ? eight << (shift - 8 * l) : eight >> (8 * l - shift);
-  return static_cast<int64_t>(moved & (uint64_t{255} << shift));
-}
-
-// Keeps the compiler from rearranging an address into longer arithmetic.
-inline float* opaque(float* address) {
-  asm("" : "+r"(address));
-  return address;
-}
-
+// Tables of the keys' codes, for every item of batch, KV head and set of rows: integers looked up in registers where the CPU can
+// and they are exact enough, else float32.
 template <int kWidth>
-struct WideOf;
-template <>
-struct WideOf<4> {
-  typedef float Type __attribute__((vector_size(16)));
-};
-template <>
-struct WideOf<8> {
-  typedef float Type __attribute__((vector_size(32)));
-};
+class KeyTables {
+ public:
+  KeyTables(const AttendCall& call, int64_t sets)
+      : call_(call),
+        books_(*call.key.books),
+        sets_(sets),
+        size_(books_.codes() * books_.size * kWidth),
+        bytes_(call.key.bits == 8 && books_.size == 256),
+        registers_(bytes_ && has_byte_tables()),
+        tables_(call.batch * call.kv_heads * sets * size_),
+        by_row_(registers_ ? call.batch * call.kv_heads * sets * kWidth : 0) {}
 
-template <int kWidth>
-struct Step {
-  using Wide = typename WideOf<kWidth>::Type;
-
-  static Wide get(const float* from) {
-    Wide v;
-    std::memcpy(&v, from, sizeof v);
-    return v;
-  }
-  static void put(float* to, Wide v) { std::memcpy(to, &v, sizeof v); }
-
-  // tables [codes][C][kWidth] from `query [kWidth][dim]`, channels in coded order.
-  static void make_tables(const Books& books, const int32_t* book, const float* query, float* tables) {
-    const int64_t dim = books.dim, padded = books.padded_size(), head_dim = books.head_dim();
-    for (int64_t l = 0; l < books.codes(); l++) {
-      const float* columns = books.columns(book[l]);
-      const float* part = query + l % books.groups * dim;
-      float* table = tables + l * books.size * kWidth;
-      constexpr int kBunch = kWidth == 4 ? 4 : 2;  // lane vectors of codewords at a time; the columns are padded to many
-      for (int64_t first = 0; first < books.size; first += kBunch * lanes) {
-        vf acc[kBunch][kWidth];
-        for (auto& bunch : acc)
-          for (vf& a : bunch) a = vf{};
-        for (int64_t j = 0; j < dim; j++) {
-          vf column[kBunch];
-          for (int w = 0; w < kBunch; w++) column[w] = hold(load(columns + j * padded + first + w * lanes));
-          for (int r = 0; r < kWidth; r++) {
-            const vf entry = splat(part[r * head_dim + j]);
-            for (int w = 0; w < kBunch; w++) acc[w][r] += entry * column[w];
-          }
-        }
-        for (int w = 0; w < kBunch; w++) put_table(acc[w], books.size - first - w * lanes, table + (first + w * lanes) * kWidth);
+  void make(int64_t item) {
+    const int64_t all = call_.shared * call_.queries, dim = call_.key.dim, pair = item / sets_, first = item % sets_ * kWidth;
+    const int64_t rows = std::min<int64_t>(kWidth, all - first), b = pair / call_.kv_heads, g = pair % call_.kv_heads;
+    std::vector<float> query(kWidth * dim);
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t i = 0; i < dim; i++)
+        query[r * dim + i] = call_.query[(pair * all + first + r) * dim + books_.channels[i]] * call_.softmax_scale;
+    const int32_t* book = books_.book.data() + g * books_.codes();
+    float* own = tables_.data() + item * size_;
+    if (registers_) {
+      Aligned<float> exact(size_);
+      Rows<kWidth>::template make_tables<true>(books_, book, query.data(), exact.data());
+      float error = 0;
+      for (int64_t r = 0; r < rows; r++) {
+        ByteTables& tables = by_row_[item * kWidth + r];
+        uint8_t* planes = reinterpret_cast<uint8_t*>(own) + r * ByteTables::bytes(books_.codes());
+        error = std::max(error, tables.make(&exact[r * books_.codes() * books_.size], books_.codes(), planes));
       }
+      if (error * largest_scale(call_.key, b, g, call_.tokens) <= kByteError) return;
+      by_row_[item * kWidth].planes = nullptr;
     }
+    Rows<kWidth>::make_tables(books_, book, query.data(), own);
   }
 
-  // Entries of one lane vector of codewords, of which `count` are there, row beside row.
-  static void put_table(const vf (&acc)[kWidth], int64_t count, float* table) {
-    if (kWidth == 4 && count >= lanes) {
-      const vf a = zip<0>(acc[0], acc[2]), b = zip<0>(acc[1], acc[3]), c = zip<1>(acc[0], acc[2]), d = zip<1>(acc[1], acc[3]);
-      store(table, zip<0>(a, b));
-      store(table + lanes, zip<1>(a, b));
-      store(table + 2 * lanes, zip<0>(c, d));
-      store(table + 3 * lanes, zip<1>(c, d));
+  // Scores (without the keys' scales) of `count` keys whose codes start at `row`, [count][kWidth].
+  void look_up(int64_t item, int64_t rows, const uint8_t* row, int64_t count, float* scores, Ahead next) const {
+    const int64_t codes = books_.codes(), stride = call_.key.token_stride;
+    const float* own = tables_.data() + item * size_;
+    if (registers_ && by_row_[item * kWidth].planes) {
+      Aligned<uint8_t> turned(kByteBlock * codes);
+      Aligned<float> found(kWidth * kByteBlock, 0.0f);
+      for (int64_t t = 0; t < count; t += kByteBlock) {
+        const int64_t some = std::min(kByteBlock, count - t);
+        turn_codes(row + t * stride, stride, some, codes, turned.data());
+        for (int64_t r = 0; r < rows; r++) {
+          next.ask();
+          by_row_[item * kWidth + r].look_up(turned.data(), codes, some, &found[r * kByteBlock]);
+        }
+        for (int64_t i = 0; i < some; i += lanes) {
+          vf scores_of[kWidth];
+          for (int r = 0; r < kWidth; r++) scores_of[r] = load(&found[r * kByteBlock + i]);
+          Rows<kWidth>::interleave(scores_of, scores + (t + i) * kWidth);
+        }
+      }
       return;
     }
-    for (int64_t i = 0; i < std::min<int64_t>(lanes, count); i++)
-      for (int r = 0; r < kWidth; r++) table[i * kWidth + r] = acc[r][i];
-  }
-
-  // scores [count][kWidth] of keys whose codes have `stride`; kSize codewords a table, 0 for `size` of them.
-  template <int64_t kSize, class Code>
-  static void look_up(const Code* codes, int64_t stride, int64_t count, int64_t codes_of, int64_t size, const float* tables,
-                      float* scores) {
-    const int64_t table_size = (kSize ? kSize : size) * kWidth;
-    std::fill_n(scores, count * kWidth, 0.0f);
-    int64_t first = 0;
-    for (; first + kLaneBlock <= codes_of; first += kLaneBlock) {
-      const float* table = tables + first * table_size;
-      const Code* code = codes + first;
-      for (float* score = scores; score < scores + count * kWidth; score += kWidth, code += stride) {
-        Wide even = get(score), odd = Wide{};
-#pragma GCC unroll 4
-        for (int64_t l = 0; l < kLaneBlock; l += 2) {
-          even += get(table + code[l] * kWidth + l * table_size);
-          odd += get(table + code[l + 1] * kWidth + (l + 1) * table_size);
-        }
-        put(score, even + odd);
-      }
-    }
-    for (; first < codes_of; first++)
-      for (int64_t t = 0; t < count; t++)
-        put(scores + t * kWidth, get(scores + t * kWidth) + get(tables + first * table_size + codes[t * stride + first] * kWidth));
-  }
-
-  // mass [codes][size][kWidth] of the `count` values at `kept`.
-  template <int64_t kSize, class Code>
-  static void add_mass(const Code* codes, int64_t stride, const int32_t* kept, int64_t count, int64_t codes_of, int64_t size,
-                       const float* weights, float* mass) {
-    const int64_t table_size = (kSize ? kSize : size) * kWidth;
-    int64_t first = 0;
-    for (; first + kLaneBlock <= codes_of; first += kLaneBlock) {
-      float* own = opaque(mass + first * table_size);
-      for (int64_t i = 0; i < count; i++) {
-        const Code* code = codes + kept[i] * stride + first;
-        const Wide weight = get(weights + i * kWidth);
-        uint64_t eight = 0;  // loads are what bounds this: one for eight codes of a byte
-        if constexpr (kPackedLoad<Code>) std::memcpy(&eight, code, 8);
-#pragma GCC unroll 8
-        for (int l = 0; l < kLaneBlock; l++) {
-          const int64_t place = kPackedLoad<Code> ? byte_times<4 * kWidth>(eight, l) : code[l] * int64_t{4 * kWidth};
-          float* sums = opaque(reinterpret_cast<float*>(reinterpret_cast<char*>(own) + place)) + l * table_size;
-          put(sums, get(sums) + weight);
-        }
-      }
-    }
-    for (; first < codes_of; first++)
-      for (int64_t i = 0; i < count; i++) {
-        float* sum_of = mass + first * table_size + codes[kept[i] * stride + first] * kWidth;
-        put(sum_of, get(sum_of) + get(weights + i * kWidth));
-      }
-  }
-
-  // sums [rows][head dim] (coded order) of the codewords, each times its mass.
-  static void mix(const Books& books, const int32_t* book, const float* mass, int64_t rows, float* sums) {
-    const int64_t dim = books.dim, head_dim = books.head_dim();
-    std::fill_n(sums, rows * head_dim, 0.0f);
-    for (int64_t l = 0; l < books.codes(); l++) {
-      const float* own = mass + l * books.size * kWidth;
-      for (int64_t r = 0; r < rows; r += 4) {
-        float* to = sums + r * head_dim + l % books.groups * dim;
-        if (r + 4 <= rows)
-          add_scaled<4>(own + r, books.table(book[l]), books.size, dim, head_dim, to);
-        else
-          for (int64_t k = r; k < rows; k++)
-            add_scaled<1>(own + k, books.table(book[l]), books.size, dim, head_dim, to + (k - r) * head_dim);
-      }
+    next.ask();
+    if (bytes_) {
+      Rows<kWidth>::template look_up<256>(row, stride, count, codes, books_.size, own, scores);
+    } else {
+      std::vector<uint16_t> unpacked(count * codes);
+      unpack(call_.key, row, count, unpacked.data());
+      Rows<kWidth>::template look_up<0>(unpacked.data(), codes, count, codes, books_.size, own, scores);
     }
   }
 
-  template <int kRowsOf>
-  static void add_scaled(const float* mass, const float* table, int64_t size, int64_t dim, int64_t head_dim, float* sums) {
-    int64_t j = 0;
-    for (; j + 2 * lanes <= dim; j += 2 * lanes) {
-      vf acc[kRowsOf][2];
-      for (int r = 0; r < kRowsOf; r++)
-        for (int w = 0; w < 2; w++) acc[r][w] = load(sums + r * head_dim + j + w * lanes);
-      for (int64_t c = 0; c < size; c++) {
-        const vf low = load(table + c * dim + j), high = load(table + c * dim + j + lanes);
-        for (int r = 0; r < kRowsOf; r++) {
-          acc[r][0] += mass[c * kWidth + r] * low;
-          acc[r][1] += mass[c * kWidth + r] * high;
-        }
-      }
-      for (int r = 0; r < kRowsOf; r++)
-        for (int w = 0; w < 2; w++) store(sums + r * head_dim + j + w * lanes, acc[r][w]);
-    }
-    for (; j < dim; j++)
-      for (int r = 0; r < kRowsOf; r++)
-        for (int64_t c = 0; c < size; c++) sums[r * head_dim + j] += mass[c * kWidth + r] * table[c * dim + j];
-  }
+ private:
+  const AttendCall& call_;
+  const Books& books_;
+  int64_t sets_, size_;
+  bool bytes_, registers_;  // codes are whole bytes; and their tables are looked up in registers
+  Aligned<float> tables_;
+  std::vector<ByteTables> by_row_;
+};
 
-  // Each number kWidth times. On the way, rows that are needed next are asked for, so that far memory is not waited for.
-  static void spread(const float* numbers, int64_t count, float* wide, const uint8_t* next_row, int64_t stride) {
-    for (int64_t t = 0; t < count; t++) {
-      put(wide + t * kWidth, Wide{} + numbers[t]);
-      __builtin_prefetch(next_row + t * stride, 0, 2);
+template <int kWidth>
+struct Step : Rows<kWidth> {
+  using Base = Rows<kWidth>;
+  using typename Base::Wide;
+  using Base::get, Base::mix, Base::put;
+
+  // Each number kWidth times; both have room for a multiple of 16.
+  static void spread(const float* numbers, int64_t count, float* wide) {
+    for (int64_t t = 0; t < count; t += lanes) {
+      vf same[kWidth];
+      for (vf& row : same) row = load(numbers + t);
+      Base::interleave(same, wide + t * kWidth);
     }
   }
 
@@ -292,27 +212,21 @@ struct Step {
 
   // False if skipping turned out to cost more than `skip` allows.
   static bool run(const AttendCall& call, const RotatedPlan& plan, float skip) {
-    const Books &keys = *call.key.books, &values = *call.value.books;
-    const int64_t all = call.shared * call.queries, pairs = call.batch * call.kv_heads, dim = call.key.dim;
+    const Books& values = *call.value.books;
+    const int64_t all = call.shared * call.queries, pairs = call.batch * call.kv_heads;
     const int64_t sets = (all + kWidth - 1) / kWidth;  // of rows that go together
     // Enough pieces of work for a few threads also where there are few heads; their number must not depend on the threads.
     const int64_t parts = (kStepPieces + pairs * sets - 1) / (pairs * sets);
     const int64_t even = std::max<int64_t>(kStepLeast, ((call.tokens + parts - 1) / parts + 63) / 64 * 64);
     const int64_t chunk_size = std::min(kStepChunk, even), chunks = (call.tokens + chunk_size - 1) / chunk_size;
-    const int64_t value_dim = call.value.dim, table_size = keys.codes() * keys.size * kWidth;
+    const int64_t value_dim = call.value.dim;
     const bool rotated = call.positions != nullptr;
 
-    Aligned<float> tables(rotated ? 0 : pairs * sets * table_size);
-    if (!rotated)
-      parallel_for(call.threads, pairs * sets, [&](int64_t item) {
-        const int64_t pair = item / sets, first = item % sets * kWidth, rows = std::min<int64_t>(kWidth, all - first);
-        std::vector<float> query(kWidth * dim);
-        for (int64_t r = 0; r < rows; r++)
-          for (int64_t i = 0; i < dim; i++)
-            query[r * dim + i] = call.query[(pair * all + first + r) * dim + keys.channels[i]] * call.softmax_scale;
-        make_tables(keys, keys.book.data() + pair % call.kv_heads * keys.codes(), query.data(),
-                    tables.data() + item * table_size);
-      });
+    std::optional<KeyTables<kWidth>> tables;
+    if (!rotated) {
+      tables.emplace(call, sets);
+      parallel_for(call.threads, pairs * sets, [&](int64_t item) { tables->make(item); });
+    }
 
     const int64_t items = pairs * sets * chunks;
     std::vector<float> sums(items * kWidth * value_dim), top(items * kWidth, kMinusInfinity), total(items * kWidth, 0.0f),
@@ -322,13 +236,13 @@ struct Step {
       const int64_t b = pair / call.kv_heads, g = pair % call.kv_heads;
       const int64_t first_row = set * kWidth, rows = std::min<int64_t>(kWidth, all - first_row);
       const int64_t begin = chunk * chunk_size, end = std::min(begin + chunk_size, call.tokens);
-      const bool key_bytes = call.key.bits == 8 && keys.size == 256, value_bytes = call.value.bits == 8 && values.size == 256;
+      const bool value_bytes = call.value.bits == 8 && values.size == 256;
       Aligned<float> scores(kStepBlock * kWidth), mass(values.codes() * values.size * kWidth, 0.0f);
       Aligned<float> wide(kStepBlock * kWidth, 0.0f), weights(kStepBlock * kWidth);
       std::vector<float> scales(kStepBlock);
       std::vector<int32_t> kept(kStepBlock), everyone(kStepBlock);
       std::iota(everyone.begin(), everyone.end(), 0);
-      std::vector<uint16_t> codes(std::max(key_bytes ? 0 : keys.codes(), value_bytes ? 0 : values.codes()) * kStepBlock);
+      std::vector<uint16_t> codes(value_bytes ? 0 : values.codes() * kStepBlock);
       RotatedScores rotation(plan, call, b, g, first_row, rows);
       Wide reference = Wide{} + std::numeric_limits<float>::infinity(), sum_of = Wide{}, lost = Wide{};
       float mass_of_all = 0;  // of weights times the values' scales, the row with the least
@@ -336,19 +250,17 @@ struct Step {
       for (int64_t first = begin; first < end; first += kStepBlock) {
         const int64_t count = std::min(kStepBlock, end - first);
         read_scales(call.key, b, g, first, count, scales.data());
-        const uint8_t* row = code_row(call.key, b, g, first);
+        const auto codes_ahead = [&](const Side& side, int64_t from, int64_t times) {
+          return Ahead(code_row(side, b, g, std::min(from, end)), side.token_stride, std::min(kStepBlock, end - from), times);
+        };
         if (rotated) {
-          rotation.template scores<kWidth>(first, count, scores.data());
+          const Ahead next = codes_ahead(call.value, first, count / kRotationTile);
+          rotation.template scores<kWidth>(first, count, scores.data(), next);
         } else {
-          const float* table = tables.data() + (pair * sets + set) * table_size;
-          if (key_bytes) {
-            look_up<256>(row, call.key.token_stride, count, keys.codes(), keys.size, table, scores.data());
-          } else {
-            unpack(call.key, row, count, codes.data());
-            look_up<0>(codes.data(), keys.codes(), count, keys.codes(), keys.size, table, scores.data());
-          }
+          const Ahead next = codes_ahead(call.value, first, count / kByteBlock * rows);
+          tables->look_up(pair * sets + set, rows, code_row(call.key, b, g, first), count, scores.data(), next);
         }
-        spread(scales.data(), count, wide.data(), code_row(call.value, b, g, first), call.value.token_stride);
+        spread(scales.data(), count, wide.data());
         if (call.mask) hide(call, b, first_row, rows, first, count, scores.data());
         const Wide best = scale_scores(scores.data(), wide.data(), count * kWidth, call.softcap);
         for (int64_t r = 0; r < rows; r++) {
@@ -367,8 +279,7 @@ struct Step {
         }
         if (!seen) continue;
         read_scales(call.value, b, g, first, count, scales.data());
-        spread(scales.data(), count, wide.data(), code_row(call.key, b, g, std::min(first + count, end - 1)),
-               first + 2 * count <= end ? call.key.token_stride : 0);
+        spread(scales.data(), count, wide.data());
         Wide block_sum, block_mass, block_least;
         weigh(scores.data(), wide.data(), count * kWidth, reference, block_sum, block_mass, block_least);
         sum_of += block_sum;
@@ -390,12 +301,13 @@ struct Step {
             places = kept.data();
           }
         }
-        row = code_row(call.value, b, g, first);
+        const uint8_t* row = code_row(call.value, b, g, first);
+        const Ahead next = codes_ahead(call.key, first + count, count_kept / kPlaces * (values.codes() / kLaneBlock));
         if (value_bytes) {
-          add_mass<256>(row, call.value.token_stride, places, count_kept, values.codes(), values.size, chosen, mass.data());
+          Base::template add_mass<256>(row, call.value.token_stride, places, count_kept, values.codes(), values.size, chosen, mass.data(), next);
         } else {
           unpack(call.value, row, count, codes.data());
-          add_mass<0>(codes.data(), values.codes(), places, count_kept, values.codes(), values.size, chosen, mass.data());
+          Base::template add_mass<0>(codes.data(), values.codes(), places, count_kept, values.codes(), values.size, chosen, mass.data(), next);
         }
       }
       mix(values, values.book.data() + g * values.codes(), mass.data(), rows, sums.data() + item * kWidth * value_dim);

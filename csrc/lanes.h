@@ -27,6 +27,23 @@ inline vf load(const float* from) {
   return v;
 }
 
+// Of float16 numbers, given by their bits.
+inline vf load_halves(const uint16_t* from) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__AVX2__) && defined(__F16C__)
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+  vf v;
+  for (int i = 0; i < lanes; i++) {
+    _Float16 half;
+    std::memcpy(&half, from + i, sizeof half);
+    v[i] = static_cast<float>(half);
+  }
+  return v;
+#endif
+}
+
 inline void store(float* to, vf v) { std::memcpy(to, &v, sizeof v); }
 
 inline vf splat(float x) { return x - vf{}; }

@@ -1,0 +1,198 @@
+// Rows of attention, kWidth of them side by side, and what is done with tables of them: entries looked up for keys, masses added
+// and multiplied with codebooks for values (attend_step.h).
+#pragma once
+
+#include <type_traits>
+
+#include "attend_parts.h"
+
+namespace kvfold {
+
+constexpr int64_t kLaneBlock = 8;  // codes whose tables are in the first-level cache together
+constexpr int64_t kPlaces = 64;    // values whose masses' places are found ahead
+
+// Keeps the compiler from rearranging an address into longer arithmetic.
+inline char* opaque(char* address) {
+  asm("" : "+r"(address));
+  return address;
+}
+
+template <int kWidth>
+struct WideOf;
+template <>
+struct WideOf<4> {
+  typedef float Type __attribute__((vector_size(16)));
+};
+template <>
+struct WideOf<8> {
+  typedef float Type __attribute__((vector_size(32)));
+};
+
+template <int kWidth>
+struct Rows {
+  using Wide = typename WideOf<kWidth>::Type;
+
+  static Wide get(const float* from) {
+    Wide v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+  }
+  static void put(float* to, Wide v) { std::memcpy(to, &v, sizeof v); }
+
+  // Rows [kWidth][lanes] side by side, [lanes][kWidth].
+  template <int kCount>
+  static void interleave(const vf (&rows)[kCount], float* to) {
+    if constexpr (kCount == 1) {
+      store(to, rows[0]);
+    } else {
+      vf low[kCount / 2], high[kCount / 2];
+      for (int r = 0; r < kCount / 2; r++) {
+        low[r] = zip<0>(rows[r], rows[r + kCount / 2]);
+        high[r] = zip<1>(rows[r], rows[r + kCount / 2]);
+      }
+      interleave(low, to);
+      interleave(high, to + kCount / 2 * lanes);
+    }
+  }
+
+  // tables [codes][C][kWidth], or kByRow, for 256 codewords, [kWidth][codes][C], from `query [kWidth][dim]`, channels in coded
+  // order.
+  template <bool kByRow = false>
+  static void make_tables(const Books& books, const int32_t* book, const float* query, float* tables) {
+    const int64_t dim = books.dim, padded = books.padded_size(), head_dim = books.head_dim();
+    for (int64_t l = 0; l < books.codes(); l++) {
+      const float* columns = books.columns(book[l]);
+      const float* part = query + l % books.groups * dim;
+      constexpr int kBunch = kWidth == 4 ? 4 : 2;  // lane vectors of codewords at a time; the columns are padded to many
+      for (int64_t first = 0; first < books.size; first += kBunch * lanes) {
+        vf acc[kBunch][kWidth];
+        for (auto& bunch : acc)
+          for (vf& a : bunch) a = vf{};
+        for (int64_t j = 0; j < dim; j++) {
+          vf column[kBunch];
+          for (int w = 0; w < kBunch; w++) column[w] = hold(load(columns + j * padded + first + w * lanes));
+          for (int r = 0; r < kWidth; r++) {
+            const vf entry = splat(part[r * head_dim + j]);
+            for (int w = 0; w < kBunch; w++) acc[w][r] += entry * column[w];
+          }
+        }
+        for (int w = 0; w < kBunch; w++) {
+          const int64_t c = first + w * lanes;
+          if constexpr (kByRow)
+            for (int r = 0; r < kWidth; r++) store(tables + (r * books.codes() + l) * books.size + c, acc[w][r]);
+          else
+            put_table(acc[w], books.size - c, tables + (l * books.size + c) * kWidth);
+        }
+      }
+    }
+  }
+
+  // Entries of one lane vector of codewords, of which `count` are there, row beside row.
+  static void put_table(const vf (&acc)[kWidth], int64_t count, float* table) {
+    if (count >= lanes) return interleave(acc, table);
+    for (int64_t i = 0; i < std::min<int64_t>(lanes, count); i++)
+      for (int r = 0; r < kWidth; r++) table[i * kWidth + r] = acc[r][i];
+  }
+
+  // scores [count][kWidth] of keys whose codes have `stride`; kSize codewords a table, 0 for `size` of them.
+  template <int64_t kSize, class Code>
+  static void look_up(const Code* codes, int64_t stride, int64_t count, int64_t codes_of, int64_t size, const float* tables,
+                      float* scores) {
+    const int64_t table_size = (kSize ? kSize : size) * kWidth;
+    std::fill_n(scores, count * kWidth, 0.0f);
+    int64_t first = 0;
+    for (; first + kLaneBlock <= codes_of; first += kLaneBlock) {
+      const float* table = tables + first * table_size;
+      const Code* code = codes + first;
+      for (float* score = scores; score < scores + count * kWidth; score += kWidth, code += stride) {
+        Wide even = get(score), odd = Wide{};
+#pragma GCC unroll 4
+        for (int64_t l = 0; l < kLaneBlock; l += 2) {
+          even += get(table + code[l] * kWidth + l * table_size);
+          odd += get(table + code[l + 1] * kWidth + (l + 1) * table_size);
+        }
+        put(score, even + odd);
+      }
+    }
+    for (; first < codes_of; first++)
+      for (int64_t t = 0; t < count; t++)
+        put(scores + t * kWidth, get(scores + t * kWidth) + get(tables + first * table_size + codes[t * stride + first] * kWidth));
+  }
+
+  // mass [codes][size][kWidth] of the `count` values at `kept`. Bound by one store a cycle; where codewords lie is found ahead, so
+  // that little else is issued.
+  template <int64_t kSize, class Code>
+  static void add_mass(const Code* codes, int64_t stride, const int32_t* kept, int64_t count, int64_t codes_of, int64_t size,
+                       const float* weights, float* mass, Ahead next) {
+    const int64_t table_size = (kSize ? kSize : size) * kWidth;
+    using Place = std::conditional_t<sizeof(Code) == 1, uint16_t, uint32_t>;
+    alignas(64) Place place[kPlaces * kLaneBlock];
+    int64_t first = 0;
+    for (; first + kLaneBlock <= codes_of; first += kLaneBlock) {
+      char* const own = opaque(reinterpret_cast<char*>(mass + first * table_size));
+      for (int64_t t = 0; t < count; t += kPlaces) {
+        const int64_t some = std::min(kPlaces, count - t);
+        next.ask();
+        for (int64_t i = 0; i < some; i++) {
+          Code code[kLaneBlock];
+          std::memcpy(code, codes + kept[t + i] * stride + first, sizeof code);
+          for (int64_t l = 0; l < kLaneBlock; l++) place[i * kLaneBlock + l] = static_cast<Place>(code[l] * sizeof(Wide));
+        }
+        for (int64_t i = 0; i < some; i++) {
+          const Wide weight = get(weights + (t + i) * kWidth);
+#pragma GCC unroll 8
+          for (int64_t l = 0; l < kLaneBlock; l++) {
+            float* sums = reinterpret_cast<float*>(own + place[i * kLaneBlock + l] + l * table_size * sizeof(float));
+            put(sums, get(sums) + weight);
+          }
+        }
+      }
+    }
+    for (; first < codes_of; first++)
+      for (int64_t i = 0; i < count; i++) {
+        float* sum_of = mass + first * table_size + codes[kept[i] * stride + first] * kWidth;
+        put(sum_of, get(sum_of) + get(weights + i * kWidth));
+      }
+  }
+
+  // sums [rows][head dim] (coded order) of the codewords, each times its mass.
+  static void mix(const Books& books, const int32_t* book, const float* mass, int64_t rows, float* sums) {
+    const int64_t dim = books.dim, head_dim = books.head_dim();
+    std::fill_n(sums, rows * head_dim, 0.0f);
+    for (int64_t l = 0; l < books.codes(); l++) {
+      const float* own = mass + l * books.size * kWidth;
+      for (int64_t r = 0; r < rows; r += 4) {
+        float* to = sums + r * head_dim + l % books.groups * dim;
+        if (r + 4 <= rows)
+          add_scaled<4>(own + r, books.table(book[l]), books.size, dim, head_dim, to);
+        else
+          for (int64_t k = r; k < rows; k++)
+            add_scaled<1>(own + k, books.table(book[l]), books.size, dim, head_dim, to + (k - r) * head_dim);
+      }
+    }
+  }
+
+  template <int kRowsOf>
+  static void add_scaled(const float* mass, const float* table, int64_t size, int64_t dim, int64_t head_dim, float* sums) {
+    int64_t j = 0;
+    for (; j + 2 * lanes <= dim; j += 2 * lanes) {
+      vf acc[kRowsOf][2];
+      for (int r = 0; r < kRowsOf; r++)
+        for (int w = 0; w < 2; w++) acc[r][w] = load(sums + r * head_dim + j + w * lanes);
+      for (int64_t c = 0; c < size; c++) {
+        const vf low = load(table + c * dim + j), high = load(table + c * dim + j + lanes);
+        for (int r = 0; r < kRowsOf; r++) {
+          acc[r][0] += mass[c * kWidth + r] * low;
+          acc[r][1] += mass[c * kWidth + r] * high;
+        }
+      }
+      for (int r = 0; r < kRowsOf; r++)
+        for (int w = 0; w < 2; w++) store(sums + r * head_dim + j + w * lanes, acc[r][w]);
+    }
+    for (; j < dim; j++)
+      for (int r = 0; r < kRowsOf; r++)
+        for (int64_t c = 0; c < size; c++) sums[r * head_dim + j] += mass[c * kWidth + r] * table[c * dim + j];
+  }
+};
+
+}  // namespace kvfold
