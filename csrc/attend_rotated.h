@@ -70,7 +70,7 @@ struct RotatedPlan {
   std::shared_ptr<const RotationTable> table;
 
   explicit RotatedPlan(const AttendCall& call) {
-    if (!call.positions || !call.key.books) return;
+    if (!call.positions || call.center || !call.key.books) return;
     const Books& books = *call.key.books;
     const int64_t n = call.rotary;
     if (books.dim != 32 || 2 * n != books.head_dim() || call.interleaved || call.softmax_scale == 0) return;

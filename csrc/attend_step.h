@@ -12,6 +12,7 @@
 #include <optional>
 
 #include "attend_bytes.h"
+#include "attend_center.h"
 #include "attend_rotated.h"
 #include "attend_rows.h"
 #include "attend_tiles.h"
@@ -220,7 +221,8 @@ struct Step : Rows<kWidth> {
     const int64_t even = std::max<int64_t>(kStepLeast, ((call.tokens + parts - 1) / parts + 63) / 64 * 64);
     const int64_t chunk_size = std::min(kStepChunk, even), chunks = (call.tokens + chunk_size - 1) / chunk_size;
     const int64_t value_dim = call.value.dim;
-    const bool rotated = call.positions != nullptr;
+    const bool rotated = call.positions && !call.center;
+    const CenterTable center_table(call);
 
     std::optional<KeyTables<kWidth>> tables;
     if (!rotated) {
@@ -244,6 +246,8 @@ struct Step : Rows<kWidth> {
       std::iota(everyone.begin(), everyone.end(), 0);
       std::vector<uint16_t> codes(value_bytes ? 0 : values.codes() * kStepBlock);
       RotatedScores rotation(plan, call, b, g, first_row, rows);
+      std::optional<CenterScores<kWidth>> center;
+      if (call.center) center.emplace(center_table, call, b, g, first_row, rows);
       Wide reference = Wide{} + std::numeric_limits<float>::infinity(), sum_of = Wide{}, lost = Wide{};
       float mass_of_all = 0;  // of weights times the values' scales, the row with the least
       bool seen = false;
@@ -261,6 +265,7 @@ struct Step : Rows<kWidth> {
           tables->look_up(pair * sets + set, rows, code_row(call.key, b, g, first), count, scores.data(), next);
         }
         spread(scales.data(), count, wide.data());
+        if (center) center->add(first, count, scores.data(), wide.data());
         if (call.mask) hide(call, b, first_row, rows, first, count, scores.data());
         const Wide best = scale_scores(scores.data(), wide.data(), count * kWidth, call.softcap);
         for (int64_t r = 0; r < rows; r++) {
@@ -342,11 +347,11 @@ constexpr int64_t kStepCodewords = 4096;  // the mass of more does not fit a cac
 
 // Attends and returns true, or returns false for a call that tiles serve better.
 inline bool attend_step(const AttendCall& call) {
-  if (call.center || !call.key.books || !call.value.books || call.shared * call.queries > kStepRows || call.tokens < kStepKeys ||
+  if (!call.key.books || !call.value.books || call.shared * call.queries > kStepRows || call.tokens < kStepKeys ||
       call.value.books->size > kStepCodewords)
     return false;
   const RotatedPlan plan(call);
-  if (call.positions ? !plan.possible : call.key.books->size > kStepCodewords) return false;
+  if (call.positions && !call.center ? !plan.possible : call.key.books->size > kStepCodewords) return false;
   const bool narrow = call.shared * call.queries <= 4;
   const auto run = narrow ? Step<4>::run : Step<8>::run;
   if (!run(call, plan, call.skip) && !run(call, plan, 0)) throw std::logic_error("skipping nothing lost something");

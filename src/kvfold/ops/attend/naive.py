@@ -121,7 +121,8 @@ def attend_tiles(
 ) -> tuple[Tensor, Tensor]:
     """Attention over `length` keys that `read(start, stop)` returns as dense `(keys, values) [B, G, stop - start, D]`.
 
-    `start` is a multiple of `block`, for codes that can be cut there only. Other arguments and results as in `attend`. Blocks of queries that a tile is masked for are skipped.
+    `start` is a multiple of `block`, for codes that can be cut there only. Other arguments and results as in `attend`. Blocks
+    of queries that a tile is masked for are skipped.
     """
     batch, heads, queries, _ = query.shape
     out: Tensor | None = None
