@@ -14,7 +14,7 @@ from kvfold.codecs.artifact import CodecSet
 from kvfold.config import LayerSpec, ModelSpec, RopeSpec
 
 DIM, HEADS = 16, 2
-SETTINGS = {"group": 8, "codebook_size": 12, "stages": 3, "iterations": 3}
+SETTINGS = {"group": 8, "codebook_size": 12, "stages": 3, "iterations": 3, "inner": 4, "block": 8}
 SPEC = ModelSpec(
     model_type="llama",
     heads=4,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from kvfold.codecs.base import Codec, Side
+from kvfold.codecs.decoquant import DecoQuantCodec
 from kvfold.codecs.identity import IdentityCodec
 from kvfold.codecs.kivi import KiviCodec
 from kvfold.codecs.residual import ResidualCodec, ResidualSettings
@@ -18,7 +19,14 @@ from kvfold.codecs.turboquant import TurboQuantCodec
 from kvfold.errors import InputError
 from kvfold.packing import packed_bytes
 
-KINDS: dict[str, type[Codec]] = {codec.kind: codec for codec in (IdentityCodec, KiviCodec, ResidualCodec, TurboQuantCodec)}
+_CODECS: tuple[type[Codec], ...] = (
+    IdentityCodec,
+    DecoQuantCodec,
+    KiviCodec,
+    ResidualCodec,
+    TurboQuantCodec,
+)
+KINDS: dict[str, type[Codec]] = {codec.kind: codec for codec in _CODECS}
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,12 @@ METHODS: dict[str, Method] = {
         "Liu et al. 2024, arXiv 2402.02750",
         {"bits": 2, "group": 32},
         _build_kivi,
+    ),
+    "decoquant": Method(
+        "chunks split into a large factor in integers and a small exact one",
+        "Liu et al. 2024, arXiv 2405.12591",
+        {"bits": 4, "inner": 8, "block": 128},
+        _same_for_all(DecoQuantCodec),
     ),
     "identity": Method(
         "no compression, the cache's own yardstick", "kvfold", {"dtype": "float32"}, _same_for_all(IdentityCodec)
