@@ -38,7 +38,7 @@ def test_without_integers_the_product_is_the_chunk_up_to_float16(inner: int) -> 
     large, small = split(x, inner)
     assert large.shape == x.shape
     assert small.shape == (*x.shape[:-2], inner, inner)
-    # A row of the large factor times the rounding of the small one, whose columns are no longer than the largest singular value.
+    # A row of the large factor times the rounding of the small one.
     bound = 2**-11 * large.abs().max() * small.float().abs().sum(-2).max() + 1e-5
     assert float((join(large, small) - x).abs().max()) < float(bound)
 
@@ -60,7 +60,7 @@ def test_outliers_go_into_the_small_factor() -> None:
     assert float(small.abs().max()) > 10  # the large channel's size
 
 
-@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("bits", [4, 6, 8])
 def test_it_beats_integers_of_the_vectors_themselves(bits: int) -> None:
     x = with_outliers()
     top = (1 << (bits - 1)) - 1

@@ -14,6 +14,7 @@ from kvfold.codecs.base import Codec, Side
 from kvfold.codecs.decoquant import DecoQuantCodec
 from kvfold.codecs.identity import IdentityCodec
 from kvfold.codecs.kivi import KiviCodec
+from kvfold.codecs.lattice import LatticeCodec
 from kvfold.codecs.residual import ResidualCodec, ResidualSettings
 from kvfold.codecs.turboquant import TurboQuantCodec
 from kvfold.errors import InputError
@@ -23,6 +24,7 @@ _CODECS: tuple[type[Codec], ...] = (
     IdentityCodec,
     DecoQuantCodec,
     KiviCodec,
+    LatticeCodec,
     ResidualCodec,
     TurboQuantCodec,
 )
@@ -62,6 +64,11 @@ def _same_for_all(kind: type[Codec]) -> Callable[[Side, int, dict[str, Any], int
 
 def _build_kivi(side: Side, head_dim: int, settings: dict[str, Any], layer: int) -> Codec:
     return KiviCodec(head_dim, "channel" if side == "key" else "token", settings["bits"], settings["group"])
+
+
+def _build_lattice(side: Side, head_dim: int, settings: dict[str, Any], layer: int) -> Codec:
+    own = {name: value for name, value in settings.items() if name != "rope"}
+    return LatticeCodec(head_dim, **own, pre_rope=side == "key" and settings["rope"] == "pre")
 
 
 _PAPER: dict[str, Any] = {
@@ -110,6 +117,12 @@ METHODS: dict[str, Method] = {
         "Liu et al. 2024, arXiv 2402.02750",
         {"bits": 2, "group": 32},
         _build_kivi,
+    ),
+    "lattice": Method(
+        "principal axes or rotation, lattice E8, bits shared out among blocks of 8",
+        "Lei et al. 2024, arXiv 2403.07320; Savkin et al. 2025, arXiv 2502.09720",
+        {"bits": 2.0, "scales": 4, "transform": "pca", "rope": "pre", "scale_bits": 8},
+        _build_lattice,
     ),
     "decoquant": Method(
         "chunks split into a large factor in integers and a small exact one",

@@ -1,12 +1,13 @@
-"""DecoQuant: split a chunk into a large factor without outliers and a small one that holds them (Liu et al., arXiv 2405.12591).
+"""DecoQuant: split a chunk into a large factor without outliers and a small one that holds them (Liu et al., arXiv
+2405.12591).
 
-A chunk of `block` tokens of a head, `[t, D]`, is read as a matrix of rows of `n` channels and split by its singular values, which
-is a matrix product operator of two tensors:
+A chunk of `block` tokens of a head, `[t, D]`, is read as a matrix of rows of `n` channels and split by its singular values,
+which is a matrix product operator of two tensors:
 
     X [t D / n, n] = U S V',   T_L = sqrt(t D / n) U,   T_S = S V' / sqrt(t D / n),   X = T_L T_S.
 
-The columns of `T_L` all have a mean square of 1, whatever the size of the channels they come from: outliers are in `T_S`, `n x n`
-elements, which stay exact. `T_L` has as many elements as the chunk; a token's `D` of them become integers
+The columns of `T_L` all have a mean square of 1, whatever the size of the channels they come from: outliers are in `T_S`, `n
+x n` elements, which stay exact. `T_L` has as many elements as the chunk; a token's `D` of them become integers
 
     s = max |T_L| / (2^(b-1) - 1),   q = round(T_L / s),   x ~ s q T_S.
 
@@ -85,7 +86,7 @@ class DecoQuantCodec(Codec):
 
 
 def split(x: Tensor, inner: int) -> tuple[Tensor, Tensor]:
-    """The factors of chunks `x [..., t, D]`: the large one, float32 of `x`'s shape, and the small one, float16 `[..., n, n]`."""
+    """The factors of chunks `x [..., t, D]`: a large one, float32 of `x`'s shape, and a small one, float16 `[..., n, n]`."""
     rows = x.flatten(-2).unflatten(-1, (-1, inner))
     left, values, right = torch.linalg.svd(rows, full_matrices=False)
     left = torch.where((values > 1e-4 * values[..., :1])[..., None, :], left, 0.0)  # what counts for nothing costs no precision
