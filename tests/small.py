@@ -16,7 +16,7 @@ from kvfold.codecs.base import Facts
 from kvfold.config import LayerSpec, ModelSpec, RopeSpec
 
 DIM, HEADS = 16, 2
-SETTINGS = {"group": 8, "codebook_size": 12, "stages": 3, "iterations": 3}
+SETTINGS = {"group": 8, "codebook_size": 12, "stages": 3, "iterations": 3, "inner": 4, "block": 8}
 OWN = {
     "asymkv": {"value_layers": 1},
     "turboquant": {"outliers": 4},

@@ -152,7 +152,7 @@ def tiny_codecs(family: str, method: str = "rvq", **changes: Any) -> CodecSet:
     """Codecs fitted on keys and values of random tokens."""
     model = tiny_model(family)
     spec = model_spec(model)
-    small = {"group": 4, "codebook_size": 16, "stages": 2, "iterations": 3}
+    small = {"group": 4, "codebook_size": 16, "stages": 2, "iterations": 3, "inner": 4, "block": 4}
     small = {name: value for name, value in small.items() if name in METHODS[method].defaults}
     settings = resolve_settings(method, {**small, **changes}, spec.head_dim)
     generator = torch.Generator().manual_seed(0)

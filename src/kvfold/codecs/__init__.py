@@ -12,10 +12,12 @@ from typing import Any
 
 from kvfold.codecs.asymkv import build_asymkv
 from kvfold.codecs.base import Codec, Side
+from kvfold.codecs.decoquant import DecoQuantCodec
 from kvfold.codecs.identity import IdentityCodec
 from kvfold.codecs.kashin import KashinCodec
 from kvfold.codecs.kivi import KiviCodec
 from kvfold.codecs.kvquant import KVQuantCodec
+from kvfold.codecs.lattice import LatticeCodec
 from kvfold.codecs.opq import OpqCodec, build_opq, settle_opq
 from kvfold.codecs.qjl import PROJECTIONS, QjlCodec
 from kvfold.codecs.residual import ResidualCodec, ResidualSettings
@@ -24,20 +26,20 @@ from kvfold.codecs.turboquant_prod import TurboQuantProdCodec
 from kvfold.errors import InputError
 from kvfold.packing import packed_bytes
 
-KINDS: dict[str, type[Codec]] = {
-    codec.kind: codec
-    for codec in (
-        IdentityCodec,
-        KashinCodec,
-        KiviCodec,
-        KVQuantCodec,
-        OpqCodec,
-        QjlCodec,
-        ResidualCodec,
-        TurboQuantCodec,
-        TurboQuantProdCodec,
-    )
-}
+_CODECS: tuple[type[Codec], ...] = (
+    DecoQuantCodec,
+    IdentityCodec,
+    KashinCodec,
+    KiviCodec,
+    KVQuantCodec,
+    LatticeCodec,
+    OpqCodec,
+    QjlCodec,
+    ResidualCodec,
+    TurboQuantCodec,
+    TurboQuantProdCodec,
+)
+KINDS: dict[str, type[Codec]] = {codec.kind: codec for codec in _CODECS}
 
 Codecs = Sequence[Codec | None]  # of one side, a codec a layer
 
@@ -93,6 +95,11 @@ def _build_qjl(side: Side, head_dim: int, settings: dict[str, Any], layer: int) 
 
 def _build_turboquant_prod(side: Side, head_dim: int, settings: dict[str, Any], layer: int) -> Codec:
     return TurboQuantProdCodec(head_dim, **settings) if side == "key" else TurboQuantCodec(head_dim, settings["bits"])
+
+
+def _build_lattice(side: Side, head_dim: int, settings: dict[str, Any], layer: int) -> Codec:
+    own = {name: value for name, value in settings.items() if name != "rope"}
+    return LatticeCodec(head_dim, **own, pre_rope=side == "key" and settings["rope"] == "pre")
 
 
 _PAPER: dict[str, Any] = {
@@ -203,6 +210,18 @@ METHODS: dict[str, Method] = {
         {"bits": 2, "steps": 8, "refine": 4},
         _same_for_all(KashinCodec),
         compared=("bits=1", "bits=2"),
+    ),
+    "lattice": Method(
+        "principal axes or rotation, lattice E8, bits shared out among blocks of 8",
+        "Lei et al. 2024, arXiv 2403.07320; Savkin et al. 2025, arXiv 2502.09720",
+        {"bits": 2.0, "scales": 4, "transform": "pca", "rope": "pre", "scale_bits": 8},
+        _build_lattice,
+    ),
+    "decoquant": Method(
+        "chunks split into a large factor in integers and a small exact one",
+        "Liu et al. 2024, arXiv 2405.12591",
+        {"bits": 4, "inner": 8, "block": 128},
+        _same_for_all(DecoQuantCodec),
     ),
     "identity": Method(
         "no compression, the cache's own yardstick",
