@@ -46,7 +46,8 @@ class OpqCodec(Codec):
         tensors: what `tensors()` gave, None before `fit`.
 
     Attributes:
-        energy: `z`, the weighted squared error if all is read as its channel's middle, up to a factor; 0 before `fit`.
+        energy: `z`, the weighted squared error if all is read as its channel's middle, up to a factor; 0 unless `fit` was
+            called on this codec, for it is not saved.
     """
 
     kind = "opq"
