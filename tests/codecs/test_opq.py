@@ -122,7 +122,10 @@ def test_energy_weighs_channels_by_what_the_loss_feels() -> None:
     assert plain.energy == pytest.approx(float(square.sum()), rel=1e-5)
     assert weighed.energy == pytest.approx(float((square * torch.linspace(0, 3, DIM)).sum()), rel=1e-5)
     assert plain.wants == {"sensitivity"}
-    assert not OpqCodec(DIM, "key", weight="none").wants
+    unasked = OpqCodec(DIM, "key", weight="none")
+    unasked.fit(samples(), torch.Generator(), facts=Facts(sensitivity=felt))
+    assert unasked.energy == plain.energy
+    assert not unasked.wants
 
 
 def test_channels_of_laplace_draws_have_the_expected_distortion() -> None:

@@ -46,7 +46,8 @@ class OpqCodec(Codec):
         tensors: what `tensors()` gave, None before `fit`.
 
     Attributes:
-        energy: `z`, the weighted squared error if all is read as its channel's middle, up to a factor; 0 before `fit`.
+        energy: `z`, the weighted squared error if all is read as its channel's middle, up to a factor; 0 unless `fit` was
+            called on this codec, for it is not saved.
     """
 
     kind = "opq"
@@ -98,9 +99,11 @@ class OpqCodec(Codec):
         x = x.float()
         middle = x.mean(1)
         scale = (x - middle[:, None]).abs().mean(1)
-        felt = torch.ones_like(scale) if facts.sensitivity is None else facts.sensitivity.diagonal(dim1=1, dim2=2)
+        felt = torch.ones_like(scale)
+        if facts.sensitivity is not None and self.weight == "sensitivity":
+            felt = facts.sensitivity.diagonal(dim1=1, dim2=2).to(scale.device)
         self._tensors = {"middle": middle.contiguous(), "scale": scale.contiguous()}
-        self.energy = float((felt.to(scale.device).double() * scale.double().square()).sum())
+        self.energy = float((felt.double() * scale.double().square()).sum())
         progress()
 
     def settings(self) -> dict[str, Any]:
