@@ -1,6 +1,7 @@
 """Fitting the codecs of a model: keys and values of sample text, gathered at the cache's own seam, then k-means; with
-`ema`, codebooks then learn on from a stream of text (`ema.py`). Methods that ask for it are told which errors the loss feels
-(`integration/sensitivity.py`), and codebooks with `distill_steps` are trained end to end (`distill.py`).
+`ema`, codebooks then learn on from a stream of text (`ema.py`). Methods that ask for it are told facts of the model
+(`integration/facts.py`), such as which errors the loss feels, and codebooks with `distill_steps` are trained end to end
+(`distill.py`).
 
 Cost: one forward pass over (at most `READ_TOKENS` of) the text, and for residual VQ about `2 * stages * iterations *
 max_vectors * codebook_size * group` multiply-adds a layer and side; see there for sensitivity and training. Memory: the model,
@@ -32,7 +33,7 @@ from kvfold.codecs.base import Facts
 from kvfold.config import ModelSpec
 from kvfold.errors import InputError
 from kvfold.integration.capture import CaptureCache, capturing
-from kvfold.integration.sensitivity import sensitivities
+from kvfold.integration.facts import facts_of
 from kvfold.integration.spec import model_spec
 from kvfold.progress import Progress
 
@@ -141,17 +142,22 @@ def _fit_codecs(model: Any, blank: CodecSet, windows: list[Tensor], generator: t
     coded = [codec for codec in blank.keys if codec is not None]
     steps = blank.settings.get("distill_steps", 0)
     read = _spread(windows, READ_TOKENS)
-    felt = [w[:_SENSITIVITY_CONTEXT] for w in _spread(read, 2 * SENSITIVITY_TOKENS)] if "sensitivity" in coded[0].wants else []
+    wants = frozenset().union(*(codec.wants for codec in (*blank.keys, *blank.values) if codec is not None))
+    felt = [w[:_SENSITIVITY_CONTEXT] for w in _spread(read, 2 * SENSITIVITY_TOKENS)] if wants else []
     if not quiet:
         seen = sum(map(len, read))
         size = 2 * len(coded) * min(seen, SAMPLE_TOKENS) * spec.kv_heads * spec.head_dim * 4
-        parts = [f"{len(read)} passes", f"{len(felt)} with gradients" if felt else "", f"{2 * len(coded)} fits"]
-        parts += [f"{steps} steps of {CONTEXT_OF_A_STEP} tokens" if steps else ""]
+        parts = [
+            f"{len(read)} passes",
+            f"{len(felt)} for {' and '.join(sorted(wants))}" if felt else "",
+            f"{2 * len(coded)} fits",
+        ]
+        parts += [f"{2 * len(coded)} fits", f"{steps} steps of {CONTEXT_OF_A_STEP} tokens" if steps else ""]
         listed = ", then ".join(filter(None, parts))
         print(f"calibrating {method} on {total} tokens: {listed}; samples take {size / 2**20:.0f} MiB", file=sys.stderr)
     cache = _collect(model, spec, read, coded[0].pre_rope, generator, quiet)
-    moments = sensitivities(model, spec, felt, coded[0].pre_rope, generator, quiet) if felt else None
-    return _fit(spec, cache, method, blank.settings, moments, generator, quiet)
+    facts = facts_of(model, spec, wants, felt, coded[0].pre_rope, generator, quiet)
+    return _fit(spec, cache, method, blank.settings, facts, generator, quiet)
 
 
 def _spread(windows: list[Tensor], tokens: int) -> list[Tensor]:
@@ -204,7 +210,7 @@ def _fit(
     cache: CaptureCache,
     method: str,
     settings: dict[str, Any],
-    moments: list[tuple[Tensor, Tensor]] | None,
+    facts: list[tuple[Facts, Facts]],
     generator: torch.Generator,
     quiet: bool,
 ) -> CodecSet:
@@ -225,9 +231,8 @@ def _fit(
                 continue
             key, value = (build_codec(method, side, spec.head_dim, settings, index) for side in sides)
             errors = []
-            felt = moments[index] if moments else (None, None)
-            for codec, sample, moment in zip((key, value), samples, felt, strict=True):
-                codec.fit(sample, generator, step, Facts(sensitivity=moment))
+            for codec, sample, known in zip((key, value), samples, facts[index], strict=True):
+                codec.fit(sample, generator, step, known)
                 errors.append(codec.distortion(sample[:, :2048]))
             keys.append(key)
             values.append(value)
