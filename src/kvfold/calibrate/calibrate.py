@@ -28,6 +28,7 @@ from kvfold.calibrate.stages import Stages
 from kvfold.calibrate.stream import first_windows
 from kvfold.calibrate.text import builtin_text, own_samples
 from kvfold.codecs import Codec, Side, build_codec, resolve_settings
+from kvfold.codecs import method as method_of
 from kvfold.codecs.artifact import CodecSet
 from kvfold.codecs.base import Facts
 from kvfold.config import ModelSpec
@@ -43,6 +44,7 @@ READ_TOKENS = 32768  # whose keys and values are looked at
 SAMPLE_TOKENS = 16384  # whose keys and values are kept
 SENSITIVITY_TOKENS = 8192
 _SENSITIVITY_CONTEXT = 1024
+_TESTED = 2048  # tokens whose distortion is told
 
 
 def calibrate(
@@ -147,11 +149,7 @@ def _fit_codecs(model: Any, blank: CodecSet, windows: list[Tensor], generator: t
     if not quiet:
         seen = sum(map(len, read))
         size = 2 * len(coded) * min(seen, SAMPLE_TOKENS) * spec.kv_heads * spec.head_dim * 4
-        parts = [
-            f"{len(read)} passes",
-            f"{len(felt)} for {' and '.join(sorted(wants))}" if felt else "",
-            f"{2 * len(coded)} fits",
-        ]
+        parts = [f"{len(read)} passes", f"{len(felt)} for {' and '.join(sorted(wants))}" if felt else ""]
         parts += [f"{2 * len(coded)} fits", f"{steps} steps of {CONTEXT_OF_A_STEP} tokens" if steps else ""]
         listed = ", then ".join(filter(None, parts))
         print(f"calibrating {method} on {total} tokens: {listed}; samples take {size / 2**20:.0f} MiB", file=sys.stderr)
@@ -214,9 +212,8 @@ def _fit(
     generator: torch.Generator,
     quiet: bool,
 ) -> CodecSet:
-    keys: list[Codec | None] = []
-    values: list[Codec | None] = []
-    distortion: list[list[float] | None] = []
+    fitted: tuple[list[Codec | None], list[Codec | None]] = ([], [])
+    tested: list[tuple[Tensor, Tensor]] = []
     count = 0
     sides: tuple[Side, Side] = ("key", "value")
     each = sum(build_codec(method, side, spec.head_dim, settings).fit_steps for side in sides)
@@ -224,19 +221,18 @@ def _fit(
     with Progress("fitting codebooks", steps, quiet) as step:
         for index, layer in enumerate(spec.layers):
             samples = cache.samples(index)
-            if not layer.coded:
-                keys.append(None)
-                values.append(None)
-                distortion.append(None)
-                continue
-            key, value = (build_codec(method, side, spec.head_dim, settings, index) for side in sides)
-            errors = []
-            for codec, sample, known in zip((key, value), samples, facts[index], strict=True):
-                codec.fit(sample, generator, step, known)
-                errors.append(codec.distortion(sample[:, :2048]))
-            keys.append(key)
-            values.append(value)
-            distortion.append(errors)
+            tested.append((samples[0][:, :_TESTED].clone(), samples[1][:, :_TESTED].clone()))
             count = samples[0].shape[1]
+            for side, done, sample, known in zip(sides, fitted, samples, facts[index], strict=True):
+                codec = build_codec(method, side, spec.head_dim, settings, index) if layer.coded else None
+                if codec is not None:
+                    codec.fit(sample, generator, step, known)
+                done.append(codec)
+    settle = method_of(method).settle
+    keys, values = fitted if settle is None else settle(*fitted, settings)
+    distortion = [
+        None if key is None or value is None else [key.distortion(sample[0]), value.distortion(sample[1])]
+        for key, value, sample in zip(keys, values, tested, strict=True)
+    ]
     info = {"samples": count, "distortion": distortion}
     return CodecSet(method, settings, spec, tuple(keys), tuple(values), info)

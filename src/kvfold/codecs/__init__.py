@@ -6,19 +6,27 @@ Adding a method is one file beside this one, its codec class in `KINDS` and its 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from kvfold.codecs.base import Codec, Side
 from kvfold.codecs.identity import IdentityCodec
 from kvfold.codecs.kivi import KiviCodec
+from kvfold.codecs.lorc import LorcCodec, rank_of, settle
 from kvfold.codecs.residual import ResidualCodec, ResidualSettings
 from kvfold.codecs.turboquant import TurboQuantCodec
 from kvfold.errors import InputError
 from kvfold.packing import packed_bytes
 
-KINDS: dict[str, type[Codec]] = {codec.kind: codec for codec in (IdentityCodec, KiviCodec, ResidualCodec, TurboQuantCodec)}
+KINDS: dict[str, type[Codec]] = {
+    codec.kind: codec for codec in (IdentityCodec, KiviCodec, LorcCodec, ResidualCodec, TurboQuantCodec)
+}
+
+
+Settle = Callable[
+    [Sequence[Codec | None], Sequence[Codec | None], dict[str, Any]], tuple[Sequence[Codec | None], Sequence[Codec | None]]
+]
 
 
 @dataclass(frozen=True)
@@ -30,12 +38,15 @@ class Method:
         source: paper or "kvfold".
         defaults: settings by name; `--set name=value` replaces one.
         build: `(side, head_dim, settings, layer) -> Codec`, unfitted.
+        settle: `(keys, values, settings) -> (keys, values)`, fitted codecs of all layers (None for one that stays exact), when
+            layers share what was learned of them all; None if every codec stands alone.
     """
 
     summary: str
     source: str
     defaults: dict[str, Any]
     build: Callable[[Side, int, dict[str, Any], int], Codec]
+    settle: Settle | None = None
 
 
 def _build_residual(side: Side, head_dim: int, settings: dict[str, Any], layer: int) -> Codec:
@@ -54,6 +65,13 @@ def _same_for_all(kind: type[Codec]) -> Callable[[Side, int, dict[str, Any], int
 
 def _build_kivi(side: Side, head_dim: int, settings: dict[str, Any], layer: int) -> Codec:
     return KiviCodec(head_dim, "channel" if side == "key" else "token", settings["bits"], settings["group"])
+
+
+def _build_lorc(side: Side, head_dim: int, settings: dict[str, Any], layer: int) -> Codec:
+    if not 0 < settings["least"] <= settings["rank"] <= 1:
+        told = f"least {settings['least']:g}, rank {settings['rank']:g}"
+        raise InputError("shares of the head dim, 0 < least <= rank <= 1", told, "correct them")
+    return LorcCodec(head_dim, rank_of(settings["rank"], head_dim), settings["bits"], pre_rope=side == "key")
 
 
 _PAPER: dict[str, Any] = {
@@ -102,6 +120,13 @@ METHODS: dict[str, Method] = {
         "Liu et al. 2024, arXiv 2402.02750",
         {"bits": 2, "group": 32},
         _build_kivi,
+    ),
+    "lorc": Method(
+        "weights of keys and values at a low rank, the latent is cached, ranks by condition numbers",
+        "Zhang et al. 2024, arXiv 2410.03111",
+        {"rank": 0.5, "least": 0.25, "bits": 16},
+        _build_lorc,
+        settle,
     ),
     "identity": Method(
         "no compression, the cache's own yardstick", "kvfold", {"dtype": "float32"}, _same_for_all(IdentityCodec)
