@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from kvfold.codecs.aqlm import AqlmCodec
 from kvfold.codecs.base import Codec, Side
 from kvfold.codecs.identity import IdentityCodec
 from kvfold.codecs.kivi import KiviCodec
@@ -20,7 +21,7 @@ from kvfold.errors import InputError
 from kvfold.packing import packed_bytes
 
 KINDS: dict[str, type[Codec]] = {
-    codec.kind: codec for codec in (IdentityCodec, KiviCodec, LorcCodec, ResidualCodec, TurboQuantCodec)
+    codec.kind: codec for codec in (AqlmCodec, IdentityCodec, KiviCodec, LorcCodec, ResidualCodec, TurboQuantCodec)
 }
 
 
@@ -49,13 +50,18 @@ class Method:
     settle: Settle | None = None
 
 
-def _build_residual(side: Side, head_dim: int, settings: dict[str, Any], layer: int) -> Codec:
-    own = {field.name: settings[field.name] for field in fields(ResidualSettings) if field.name in settings}
-    if side == "value":
-        own["stages"] += settings["extra_value_stages"]
-    pre_rope = side == "key" and settings["rope"] == "pre"
-    grouping = settings[f"{side}_groups"]
-    return ResidualCodec(head_dim, ResidualSettings(**own, grouping=grouping, pre_rope=pre_rope))
+def _residual(kind: type[ResidualCodec]) -> Callable[[Side, int, dict[str, Any], int], Codec]:
+    """Of a method that has residual VQ's settings."""
+
+    def build(side: Side, head_dim: int, settings: dict[str, Any], layer: int) -> Codec:
+        own = {field.name: settings[field.name] for field in fields(kind.settings_type) if field.name in settings}
+        if side == "value":
+            own["stages"] += settings["extra_value_stages"]
+        pre_rope = side == "key" and settings["rope"] == "pre"
+        grouping = settings[f"{side}_groups"]
+        return kind(head_dim, kind.settings_type(**own, grouping=grouping, pre_rope=pre_rope))
+
+    return build
 
 
 def _same_for_all(kind: type[Codec]) -> Callable[[Side, int, dict[str, Any], int], Codec]:
@@ -102,13 +108,24 @@ _RVQ: dict[str, Any] = {
     "weight_power": 0.5,
     "distill_steps": 120,
 }
+_AQLM: dict[str, Any] = {
+    **_PAPER,
+    "group": 8,
+    "codebook_size": 256,
+    "stages": 2,
+    "beam": 8,
+    "sharing": "head",
+    "weight_power": 1.0,
+    "rounds": 6,
+    "max_vectors": 131072,
+}
 _SOURCE = "Kumar 2024, arXiv 2410.15704"
 
 METHODS: dict[str, Method] = {
     "rvq": Method(
-        "residual VQ, own books per head, weighted search, trained by KL", f"kvfold; {_SOURCE}", _RVQ, _build_residual
+        "residual VQ, own books per head, weighted search, trained by KL", f"kvfold; {_SOURCE}", _RVQ, _residual(ResidualCodec)
     ),
-    "rvq-paper": Method("residual VQ, 8 stages of 2048 codewords, greedy", _SOURCE, _PAPER, _build_residual),
+    "rvq-paper": Method("residual VQ, 8 stages of 2048 codewords, greedy", _SOURCE, _PAPER, _residual(ResidualCodec)),
     "turboquant": Method(
         "random rotation, Lloyd-Max levels",
         "Zandieh et al. 2025, arXiv 2504.19874",
@@ -120,6 +137,12 @@ METHODS: dict[str, Method] = {
         "Liu et al. 2024, arXiv 2402.02750",
         {"bits": 2, "group": 32},
         _build_kivi,
+    ),
+    "aqlm": Method(
+        "additive codebooks, beam search and joint least squares under the model's own error",
+        "Egiazarian et al. 2024, arXiv 2401.06118",
+        _AQLM,
+        _residual(AqlmCodec),
     ),
     "lorc": Method(
         "weights of keys and values at a low rank, the latent is cached, ranks by condition numbers",
