@@ -1,7 +1,7 @@
 """Fitting the codecs of a model: keys and values of sample text, gathered at the cache's own seam, then k-means; with
 `ema`, codebooks then learn on from a stream of text (`ema.py`). Methods that ask for it are told facts of the model
 (`integration/facts.py`), such as which errors the loss feels, and codebooks with `distill_steps` are trained end to end
-(`distill.py`).
+(`distill.py`), parameters with `train_steps` block by block (`blocks.py`).
 
 Cost: one forward pass over (at most `READ_TOKENS` of) the text, and for residual VQ about `2 * stages * iterations *
 max_vectors * codebook_size * group` multiply-adds a layer and side; see there for sensitivity and training. Memory: the model,
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvfold.calibrate.blocks import train_blocks
 from kvfold.calibrate.distill import CONTEXT as CONTEXT_OF_A_STEP
 from kvfold.calibrate.distill import distill
 from kvfold.calibrate.ema import Ema, learn
@@ -126,6 +127,8 @@ def _fit_windows(model: Any, blank: CodecSet, windows: list[Tensor], folder: Pat
             print(f"going on in {folder}: codecs are fitted, {stages.step} of {steps} steps are done", file=sys.stderr)
     else:
         result = _fit_codecs(model, blank, windows, generator, quiet)
+        if blank.settings.get("train_steps"):
+            result = train_blocks(model, result, windows, blank.settings["train_steps"], generator, quiet)
         if stages is not None:
             stages.keep_fitted(result, steps, generator)
     if steps:

@@ -17,11 +17,13 @@ from kvfold.codecs.kivi import KiviCodec
 from kvfold.codecs.lorc import LorcCodec, rank_of, settle
 from kvfold.codecs.residual import ResidualCodec, ResidualSettings
 from kvfold.codecs.turboquant import TurboQuantCodec
+from kvfold.codecs.wkvquant import WkvQuantCodec
 from kvfold.errors import InputError
 from kvfold.packing import packed_bytes
 
 KINDS: dict[str, type[Codec]] = {
-    codec.kind: codec for codec in (AqlmCodec, IdentityCodec, KiviCodec, LorcCodec, ResidualCodec, TurboQuantCodec)
+    codec.kind: codec
+    for codec in (AqlmCodec, IdentityCodec, KiviCodec, LorcCodec, ResidualCodec, TurboQuantCodec, WkvQuantCodec)
 }
 
 
@@ -78,6 +80,10 @@ def _build_lorc(side: Side, head_dim: int, settings: dict[str, Any], layer: int)
         told = f"least {settings['least']:g}, rank {settings['rank']:g}"
         raise InputError("shares of the head dim, 0 < least <= rank <= 1", told, "correct them")
     return LorcCodec(head_dim, rank_of(settings["rank"], head_dim), settings["bits"], pre_rope=side == "key")
+
+
+def _build_wkvquant(side: Side, head_dim: int, settings: dict[str, Any], layer: int) -> Codec:
+    return WkvQuantCodec(head_dim, settings["bits"], min(settings["group"], head_dim), pre_rope=side == "key")
 
 
 _PAPER: dict[str, Any] = {
@@ -151,6 +157,12 @@ METHODS: dict[str, Method] = {
         _build_lorc,
         settle,
     ),
+    "wkvquant": Method(
+        "learned shift and scale a channel, then integers between minimum and maximum of a token",
+        "Yue et al. 2024, arXiv 2402.12065",
+        {"bits": 4, "group": 128, "train_steps": 16},
+        _build_wkvquant,
+    ),
     "identity": Method(
         "no compression, the cache's own yardstick", "kvfold", {"dtype": "float32"}, _same_for_all(IdentityCodec)
     ),
@@ -166,7 +178,7 @@ _CHOICES = {
 }
 
 
-_AT_LEAST_0 = ("extra_value_stages", "distill_steps")
+_AT_LEAST_0 = ("extra_value_stages", "distill_steps", "train_steps")
 
 
 def method(name: str) -> Method:

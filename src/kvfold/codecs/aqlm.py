@@ -1,4 +1,4 @@
-"""AQLM: additive codebooks learned jointly under the error that counts (Egiazarian et al., arXiv 2401.06118, sections 3.1-3.3).
+"""AQLM: additive codebooks learned jointly under the error that counts (Egiazarian et al., arXiv 2401.06118, section 3).
 
 The paper codes weights; here a key or value takes the place of a row. It is divided by its standard deviation `s`, its
 channels are cut into groups of `group`, and a group is a sum of one codeword from each of `stages` codebooks. Codes and
