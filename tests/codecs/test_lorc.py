@@ -21,21 +21,33 @@ INPUT = torch.randn(500, 40, generator=torch.Generator().manual_seed(1))
 KEYS = INPUT @ WEIGHTS.mT  # [G, N, D]
 
 
-def codec(rank: int, bits: int = 16, weights: torch.Tensor = WEIGHTS) -> LorcCodec:
-    made = LorcCodec(DIM, rank, bits)
+def codec(rank: int, bits: int = 16, weights: torch.Tensor = WEIGHTS, latent: str = "joint") -> LorcCodec:
+    made = LorcCodec(DIM, rank, bits, latent)
     made.fit(KEYS, torch.Generator().manual_seed(0), facts=Facts(projection=weights))
     return made
 
 
-def test_a_full_rank_is_exact() -> None:
-    decoded = codec(DIM).decode(codec(DIM).encode(KEYS[None]))[0]
+@pytest.mark.parametrize("latent", ["joint", "own"])
+def test_a_full_rank_is_exact(latent: str) -> None:
+    made = codec(DIM, latent=latent)
+    decoded = made.decode(made.encode(KEYS[None]))[0]
     assert float((decoded - KEYS).norm() / KEYS.norm()) < 2**-11  # float16 rounds to 2^-12 on average at most
 
 
 @pytest.mark.parametrize("rank", [1, 5, 12, 15])
-def test_weights_lose_the_tail_of_their_singular_values(rank: int) -> None:
+def test_weights_of_all_heads_lose_the_tail_of_their_singular_values(rank: int) -> None:
     """Eckart and Young: no weights of this rank are nearer. Columns of weights pass through the codec as keys would."""
     made = codec(rank)
+    cut = made.decode(made.encode(WEIGHTS.mT[None]))[0].mT.flatten(0, 1)
+    whole = WEIGHTS.flatten(0, 1)
+    tail = torch.linalg.svdvals(whole)[HEADS * rank :].square().sum()
+    assert torch.allclose((whole - cut).square().sum(), tail, rtol=2e-3)  # float16
+    assert int(torch.linalg.matrix_rank(cut, rtol=1e-4)) == HEADS * rank
+
+
+@pytest.mark.parametrize("rank", [1, 5, 12, 15])
+def test_weights_of_a_head_lose_the_tail_of_their_singular_values(rank: int) -> None:
+    made = codec(rank, latent="own")
     cut = made.decode(made.encode(WEIGHTS.mT[None]))[0].mT
     tail = torch.linalg.svdvals(WEIGHTS)[:, rank:].square().sum(1)
     assert torch.allclose((WEIGHTS - cut).square().sum((1, 2)), tail, rtol=2e-3)  # float16
@@ -45,11 +57,29 @@ def test_weights_lose_the_tail_of_their_singular_values(rank: int) -> None:
 def test_the_latent_is_what_the_narrow_weights_make_of_the_input() -> None:
     """`c = S_r V_r' x`, from torch's own decomposition; signs are free."""
     left, values, right = torch.linalg.svd(WEIGHTS, full_matrices=False)
-    made = codec(6)
+    made = codec(6, latent="own")
+    assert made.basis is not None
     expected = INPUT @ (values[:, :6, None] * right[:, :6]).mT
     signs = (made.basis * left.mT[:, :6]).sum(2).sign()[:, None]
     got = made.latent(made.encode(KEYS[None]))[0]
     assert torch.allclose(got * signs, expected, rtol=2e-3, atol=2e-3 * float(expected.abs().max()))
+
+
+def test_a_joint_latent_loses_no_more_than_own_ones() -> None:
+    """Of the weights. Heads that are mixtures of each other's channels need but one latent."""
+    columns = WEIGHTS.mT
+    assert codec(6).distortion(columns) <= codec(6, latent="own").distortion(columns)
+    alike = WEIGHTS[:1].repeat(HEADS, 1, 1)
+    both = codec(DIM // HEADS, weights=alike), codec(DIM // HEADS, weights=alike, latent="own")
+    keys = INPUT @ alike.mT
+    assert both[0].distortion(keys) < 1e-6 < both[1].distortion(keys)
+
+
+def test_principal_components_of_samples_lose_the_least() -> None:
+    made = LorcCodec(DIM, 6, basis_of="samples")
+    made.fit(KEYS + 3, torch.Generator())
+    assert not made.wants
+    assert made.distortion(KEYS + 3) < codec(6).distortion(KEYS + 3)
 
 
 def test_directions_are_orthonormal_and_ordered() -> None:
@@ -121,7 +151,22 @@ def test_a_model_with_normalised_keys_is_refused() -> None:
         kvfold.calibrate(tiny_model("qwen3"), tiny_tokenizer(), builtin_text(), "lorc", tokens=300, quiet=True)
 
 
-@pytest.mark.parametrize("changes", [{"rank": 0}, {"rank": 1.5}, {"least": 0.7}, {"least": 0}, {"bits": 12}, {"bits": 0}])
+def test_its_keys_may_be_learned_from_instead() -> None:
+    settings = {"basis_of": "samples", "latent": "own"}
+    model, tokenizer = tiny_model("qwen3"), tiny_tokenizer()
+    codecs = kvfold.calibrate(model, tokenizer, builtin_text(), "lorc", tokens=300, settings=settings, quiet=True)
+    assert codecs.bits_per_element == 8
+
+
+def test_another_number_of_heads_is_refused() -> None:
+    for latent in ("joint", "own"):
+        with pytest.raises(InputError, match="2 KV heads; got 3"):
+            codec(6, latent=latent).encode(torch.randn(1, 3, 4, DIM))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"rank": 0}, {"rank": 1.5}, {"least": 0.7}, {"least": 0}, {"bits": 12}, {"bits": 0}, {"latent": "no"}]
+)
 def test_bad_settings_are_refused(changes: dict) -> None:
     with pytest.raises(InputError, match=r"expected .+; got .+; .+\."):
         build_codec("lorc", "key", 64, resolve_settings("lorc", changes, 64))

@@ -79,7 +79,8 @@ def _build_lorc(side: Side, head_dim: int, settings: dict[str, Any], layer: int)
     if not 0 < settings["least"] <= settings["rank"] <= 1:
         told = f"least {settings['least']:g}, rank {settings['rank']:g}"
         raise InputError("shares of the head dim, 0 < least <= rank <= 1", told, "correct them")
-    return LorcCodec(head_dim, rank_of(settings["rank"], head_dim), settings["bits"], pre_rope=side == "key")
+    own = {name: settings[name] for name in ("bits", "latent", "basis_of")}
+    return LorcCodec(head_dim, rank_of(settings["rank"], head_dim), **own, pre_rope=side == "key")
 
 
 def _build_wkvquant(side: Side, head_dim: int, settings: dict[str, Any], layer: int) -> Codec:
@@ -153,7 +154,7 @@ METHODS: dict[str, Method] = {
     "lorc": Method(
         "weights of keys and values at a low rank, the latent is cached, ranks by condition numbers",
         "Zhang et al. 2024, arXiv 2410.03111",
-        {"rank": 0.5, "least": 0.25, "bits": 16},
+        {"rank": 0.5, "least": 0.25, "bits": 16, "latent": "joint", "basis_of": "weights"},
         _build_lorc,
         settle,
     ),
@@ -175,6 +176,8 @@ _CHOICES = {
     "sharing": ("layer", "head"),
     "codebook_dtype": ("float16", "float8"),
     "scale_bits": (8, 16),
+    "latent": ("joint", "own"),
+    "basis_of": ("weights", "samples"),
 }
 
 
