@@ -38,6 +38,14 @@ def test_every_family_with_plain_projections_passes_the_check_on_a_real_pass(fam
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_passes_the_check_too(dtype: torch.dtype) -> None:
+    model = tiny_model("llama").to(dtype)
+    key, _ = projections(model, model_spec(model), IDS)[0]
+    assert key is not None
+    assert torch.equal(key.flatten(0, 1), model.model.layers[0].self_attn.k_proj.weight.float())
+
+
 @pytest.mark.parametrize("family", NORMALISED)
 def test_keys_that_are_normalised_are_refused_by_name(family: str) -> None:
     with pytest.raises(UnsupportedModelError, match=r"Attention: its keys are normalised after the projection \(k_norm\)"):
