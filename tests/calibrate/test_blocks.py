@@ -17,11 +17,11 @@ from kvfold.codecs.wkvquant import WkvQuantCodec
 WINDOWS = [random_ids(1, 100, seed)[0] for seed in range(5)]
 
 
-def started(family: str = "llama", bits: int = 3) -> kvfold.CodecSet:
+def started(family: str = "llama", bits: int = 5) -> kvfold.CodecSet:
     return tiny_codecs(family, "wkvquant", bits=bits, group=16)
 
 
-def trained(steps: int = 30, seed: int = 0, family: str = "llama") -> kvfold.CodecSet:
+def trained(steps: int = 60, seed: int = 0, family: str = "llama") -> kvfold.CodecSet:
     generator = torch.Generator().manual_seed(seed)
     return train_blocks(tiny_model(family), started(family), WINDOWS, steps, generator, quiet=True)
 
@@ -51,12 +51,13 @@ def test_a_block_reads_as_the_cache_does() -> None:
         with kvfold.attach(model, codecs, sinks=0, window=0, block=1):
             expected = model(input_ids=ids[None], use_cache=True).logits
         got = model.lm_head(model.model.norm(hidden))
+    # hidden states differ by float32's rounding, which tips a code now and then
     assert float((got - expected).norm()) < 0.05 * float((exact - expected).norm())
 
 
 def test_training_lowers_the_loss_on_held_out_text() -> None:
     told = trained().info["blocks"]
-    assert told["steps"] == 30
+    assert told["steps"] == 60
     before, after = (sum(losses[i] for losses in told["loss"]) for i in (0, 1))
     assert after < 0.98 * before
     assert all(losses[1] <= losses[0] for losses in told["loss"])
@@ -101,7 +102,7 @@ def test_the_same_seed_gives_the_same_codecs_and_the_model_is_left_as_it_was() -
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3", "gpt-neox", "phi3"])
 def test_other_families_train_too(family: str) -> None:
-    told = trained(steps=10, family=family).info["blocks"]["loss"]
+    told = trained(family=family).info["blocks"]["loss"]
     assert sum(losses[1] < losses[0] for losses in told if losses) >= 1
     assert [losses is None for losses in told] == [codec is None for codec in started(family).keys]
 

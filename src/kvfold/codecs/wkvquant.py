@@ -63,11 +63,12 @@ class WkvQuantCodec(Codec):
         """
         shift, scale = self._placed(x.device)
         flat = ((x - shift) / scale).unflatten(3, (-1, self.group))
+        read = dequantize(*quantize(flat.detach(), self.bits))
         low, high = flat.amin(-1, keepdim=True), flat.amax(-1, keepdim=True)
         step = (high - low) / ((1 << self.bits) - 1)
-        place = (flat - low) / step.clamp_min(1e-12)
-        rounded = place + (place.round() - place).detach()
-        return (rounded * step + low).flatten(3) * scale + shift
+        place = ((flat - low) / step.clamp_min(1e-12)).detach()
+        soft = flat + (place.round() - place) * step  # the rounded value, as a function that has gradients
+        return (soft + (read - soft).detach()).flatten(3) * scale + shift
 
     def with_channels(self, shift: Tensor, scale: Tensor) -> Self:
         """The same codec with another `shift` and `scale [G, D]`, which may take gradients."""
