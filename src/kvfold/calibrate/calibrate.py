@@ -1,7 +1,8 @@
 """Fitting the codecs of a model: keys and values of sample text, gathered at the cache's own seam, then k-means; with
-`ema`, codebooks then learn on from a stream of text (`ema.py`). Methods that ask for it are told which errors the loss feels
-(`integration/sensitivity.py`), and codebooks with `distill_steps` are trained end to end (`distill.py`). With a `budget`,
-layers of high width are chosen by the divergence from the exact model (`search.py`).
+`ema`, codebooks then learn on from a stream of text (`ema.py`). Methods that ask for it are told facts of the model
+(`integration/facts.py`), such as which errors the loss feels, and codebooks with `distill_steps` are trained end to end
+(`distill.py`), parameters with `train_steps` block by block (`blocks.py`). With a `budget`, layers of high width are chosen by
+the divergence from the exact model (`search.py`).
 
 Cost: one forward pass over (at most `READ_TOKENS` of) the text, and for residual VQ about `2 * stages * iterations *
 max_vectors * codebook_size * group` multiply-adds a layer and side; see there for sensitivity and training. Memory: the model,
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvfold.calibrate.blocks import train_blocks
 from kvfold.calibrate.distill import CONTEXT as CONTEXT_OF_A_STEP
 from kvfold.calibrate.distill import distill
 from kvfold.calibrate.ema import Ema, learn
@@ -35,7 +37,7 @@ from kvfold.codecs.base import Facts
 from kvfold.config import ModelSpec
 from kvfold.errors import InputError
 from kvfold.integration.capture import CaptureCache, capturing
-from kvfold.integration.sensitivity import sensitivities
+from kvfold.integration.facts import facts_of
 from kvfold.integration.spec import model_spec
 from kvfold.progress import Progress
 
@@ -44,8 +46,8 @@ CONTEXT = 2048
 READ_TOKENS = 32768  # whose keys and values are looked at
 SAMPLE_TOKENS = 16384  # whose keys and values are kept
 SENSITIVITY_TOKENS = 8192
-_DISTORTION_TOKENS = 2048  # whose distortion is told
 _SENSITIVITY_CONTEXT = 1024
+_TESTED = 2048  # tokens whose distortion is told
 
 
 def calibrate(
@@ -129,6 +131,8 @@ def _fit_windows(model: Any, blank: CodecSet, windows: list[Tensor], folder: Pat
             print(f"going on in {folder}: codecs are fitted, {stages.step} of {steps} steps are done", file=sys.stderr)
     else:
         result = _fit_codecs(model, blank, windows, generator, quiet)
+        if blank.settings.get("train_steps"):
+            result = train_blocks(model, result, windows, blank.settings["train_steps"], generator, quiet)
         if stages is not None:
             stages.keep_fitted(result, steps, generator)
     if steps:
@@ -159,17 +163,18 @@ def _fit_codecs(model: Any, blank: CodecSet, windows: list[Tensor], generator: t
     coded = [codec for codec in blank.keys if codec is not None]
     steps = blank.settings.get("distill_steps", 0)
     read = _spread(windows, READ_TOKENS)
-    felt = [w[:_SENSITIVITY_CONTEXT] for w in _spread(read, 2 * SENSITIVITY_TOKENS)] if "sensitivity" in coded[0].wants else []
+    wants = frozenset().union(*(codec.wants for codec in (*blank.keys, *blank.values) if codec is not None))
+    felt = [w[:_SENSITIVITY_CONTEXT] for w in _spread(read, 2 * SENSITIVITY_TOKENS)] if wants else []
     if not quiet:
         seen = sum(map(len, read))
         size = 2 * len(coded) * min(seen, SAMPLE_TOKENS) * spec.kv_heads * spec.head_dim * 4
-        parts = [f"{len(read)} passes", f"{len(felt)} with gradients" if felt else "", f"{2 * len(coded)} fits"]
-        parts += [f"{steps} steps of {CONTEXT_OF_A_STEP} tokens" if steps else ""]
+        parts = [f"{len(read)} passes", f"{len(felt)} for {' and '.join(sorted(wants))}" if felt else ""]
+        parts += [f"{2 * len(coded)} fits", f"{steps} steps of {CONTEXT_OF_A_STEP} tokens" if steps else ""]
         listed = ", then ".join(filter(None, parts))
         print(f"calibrating {method} on {total} tokens: {listed}; samples take {size / 2**20:.0f} MiB", file=sys.stderr)
     cache = _collect(model, spec, read, coded[0].reads_positions, generator, quiet)
-    moments = sensitivities(model, spec, felt, coded[0].pre_rope, generator, quiet) if felt else None
-    return _fit(spec, cache, method, blank.settings, moments, generator, quiet)
+    facts = facts_of(model, spec, wants, felt, coded[0].pre_rope, generator, quiet)
+    return _fit(spec, cache, method, blank.settings, facts, generator, quiet)
 
 
 def _spread(windows: list[Tensor], tokens: int) -> list[Tensor]:
@@ -222,13 +227,12 @@ def _fit(
     cache: CaptureCache,
     method: str,
     settings: dict[str, Any],
-    moments: list[tuple[Tensor, Tensor]] | None,
+    facts: list[tuple[Facts, Facts]],
     generator: torch.Generator,
     quiet: bool,
 ) -> CodecSet:
-    keys: list[Codec | None] = []
-    values: list[Codec | None] = []
-    seen: list[list[Tensor] | None] = []
+    fitted: tuple[list[Codec | None], list[Codec | None]] = ([], [])
+    tested: list[tuple[Tensor, Tensor]] = []
     count = 0
     sides: tuple[Side, Side] = ("key", "value")
     each = sum(build_codec(method, side, spec.head_dim, settings).fit_steps for side in sides)
@@ -236,29 +240,20 @@ def _fit(
     with Progress("fitting codebooks", steps, quiet) as step:
         for index, layer in enumerate(spec.layers):
             samples = list(cache.samples(index))
-            if not layer.coded:
-                keys.append(None)
-                values.append(None)
-                seen.append(None)
-                continue
-            key, value = (build_codec(method, side, spec.head_dim, settings, index) for side in sides)
-            felt = moments[index] if moments else (None, None)
-            for number, (codec, moment) in enumerate(zip((key, value), felt, strict=True)):
-                place = partial(cache.place, index) if codec.centers else None
-                codec.fit(samples[number], generator, step, Facts(sensitivity=moment, place=place))
-                if codec.center is not None and place is not None:
-                    samples[number] = place(samples[number] - codec.center[:, None])
-            keys.append(key)
-            values.append(value)
-            seen.append([sample[:, :_DISTORTION_TOKENS].clone() for sample in samples])
+            for number, (side, done, known) in enumerate(zip(sides, fitted, facts[index], strict=True)):
+                codec = build_codec(method, side, spec.head_dim, settings, index) if layer.coded else None
+                if codec is not None:
+                    place = partial(cache.place, index) if codec.centers else None
+                    codec.fit(samples[number], generator, step, replace(known, place=place))
+                    if codec.center is not None and place is not None:
+                        samples[number] = place(samples[number] - codec.center[:, None])
+                done.append(codec)
+            tested.append((samples[0][:, :_TESTED].clone(), samples[1][:, :_TESTED].clone()))
             count = samples[0].shape[1]
-    all_keys, all_values = settle(method, keys, values, settings)
-    distortion = [_distortions(*layer) for layer in zip(all_keys, all_values, seen, strict=True)]
+    keys, values = settle(method, *fitted, settings)
+    distortion = [
+        None if key is None or value is None else [key.distortion(sample[0]), value.distortion(sample[1])]
+        for key, value, sample in zip(keys, values, tested, strict=True)
+    ]
     info = {"samples": count, "distortion": distortion}
-    return CodecSet(method, settings, spec, tuple(all_keys), tuple(all_values), info)
-
-
-def _distortions(key: Codec | None, value: Codec | None, samples: list[Tensor] | None) -> list[float] | None:
-    if key is None or value is None or samples is None:
-        return None
-    return [key.distortion(samples[0]), value.distortion(samples[1])]
+    return CodecSet(method, settings, spec, tuple(keys), tuple(values), info)

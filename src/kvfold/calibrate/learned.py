@@ -29,7 +29,7 @@ class LearnedSide:
     _rows: Tensor | None
 
     def __init__(self, name: str, codec: Codec, decay: float, eps: float, reseed: float) -> None:
-        if not isinstance(codec, ResidualCodec):
+        if not isinstance(codec, ResidualCodec) or codec.kind != ResidualCodec.kind:
             raise InputError("a residual method for --ema-steps", f"one of kind {codec.kind!r}", "choose rvq or rvq-paper")
         if codec.settings()["sharing"] != "layer":
             fix = "choose --codec rvq-paper, or --set sharing=layer"

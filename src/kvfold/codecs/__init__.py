@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from kvfold.codecs.aqlm import AqlmCodec
 from kvfold.codecs.asymkv import build_asymkv
 from kvfold.codecs.base import Codec, Side
 from kvfold.codecs.decoquant import DecoQuantCodec
@@ -18,26 +19,31 @@ from kvfold.codecs.kashin import KashinCodec
 from kvfold.codecs.kivi import KiviCodec
 from kvfold.codecs.kvquant import KVQuantCodec
 from kvfold.codecs.lattice import LatticeCodec
+from kvfold.codecs.lorc import LorcCodec, rank_of, settle_lorc
 from kvfold.codecs.opq import OpqCodec, build_opq, settle_opq
 from kvfold.codecs.qjl import PROJECTIONS, QjlCodec
 from kvfold.codecs.residual import ResidualCodec, ResidualSettings
 from kvfold.codecs.turboquant import TurboQuantCodec
 from kvfold.codecs.turboquant_prod import TurboQuantProdCodec
+from kvfold.codecs.wkvquant import WkvQuantCodec
 from kvfold.errors import InputError
 from kvfold.packing import packed_bytes
 
 _CODECS: tuple[type[Codec], ...] = (
+    AqlmCodec,
     DecoQuantCodec,
     IdentityCodec,
     KashinCodec,
     KiviCodec,
     KVQuantCodec,
     LatticeCodec,
+    LorcCodec,
     OpqCodec,
     QjlCodec,
     ResidualCodec,
     TurboQuantCodec,
     TurboQuantProdCodec,
+    WkvQuantCodec,
 )
 KINDS: dict[str, type[Codec]] = {codec.kind: codec for codec in _CODECS}
 
@@ -55,7 +61,8 @@ class Method:
         build: `(side, head_dim, settings, layer) -> Codec`, unfitted.
         compared: settings that `kvfold compare` measures by itself, a row each, as after the colon of `--codecs`; "" is the
             defaults.
-        settle: `(keys, values, settings) -> (keys, values)`, what is decided when the codecs of all layers are fitted.
+        settle: `(keys, values, settings) -> (keys, values)`, fitted codecs of all layers (None for one that stays exact), when
+            layers share what was learned of them all; None if every codec stands alone.
     """
 
     summary: str
@@ -66,14 +73,19 @@ class Method:
     settle: Callable[[Codecs, Codecs, dict[str, Any]], tuple[Codecs, Codecs]] | None = None
 
 
-def _build_residual(side: Side, head_dim: int, settings: dict[str, Any], layer: int) -> Codec:
-    own = {field.name: settings[field.name] for field in fields(ResidualSettings) if field.name in settings}
-    if side == "value":
-        own["stages"] += settings["extra_value_stages"]
-    pre_rope = side == "key" and settings["rope"] == "pre"
-    own |= {"grouping": settings[f"{side}_groups"], "pre_rope": pre_rope}
-    own["center"] = bool(settings["center"]) and side == "key" and not pre_rope
-    return ResidualCodec(head_dim, ResidualSettings(**own))
+def _residual(kind: type[ResidualCodec]) -> Callable[[Side, int, dict[str, Any], int], Codec]:
+    """Of a method that has residual VQ's settings."""
+
+    def build(side: Side, head_dim: int, settings: dict[str, Any], layer: int) -> Codec:
+        own = {field.name: settings[field.name] for field in fields(kind.settings_type) if field.name in settings}
+        if side == "value":
+            own["stages"] += settings["extra_value_stages"]
+        pre_rope = side == "key" and settings["rope"] == "pre"
+        own |= {"grouping": settings[f"{side}_groups"], "pre_rope": pre_rope}
+        own["center"] = bool(settings["center"]) and side == "key" and not pre_rope
+        return kind(head_dim, kind.settings_type(**own))
+
+    return build
 
 
 def _same_for_all(kind: type[Codec]) -> Callable[[Side, int, dict[str, Any], int], Codec]:
@@ -100,6 +112,18 @@ def _build_turboquant_prod(side: Side, head_dim: int, settings: dict[str, Any], 
 def _build_lattice(side: Side, head_dim: int, settings: dict[str, Any], layer: int) -> Codec:
     own = {name: value for name, value in settings.items() if name != "rope"}
     return LatticeCodec(head_dim, **own, pre_rope=side == "key" and settings["rope"] == "pre")
+
+
+def _build_lorc(side: Side, head_dim: int, settings: dict[str, Any], layer: int) -> Codec:
+    if not 0 < settings["least"] <= settings["rank"] <= 1:
+        told = f"least {settings['least']:g}, rank {settings['rank']:g}"
+        raise InputError("shares of the head dim, 0 < least <= rank <= 1", told, "correct them")
+    own = {name: settings[name] for name in ("bits", "latent", "basis_of")}
+    return LorcCodec(head_dim, rank_of(settings["rank"], head_dim), **own, pre_rope=side == "key")
+
+
+def _build_wkvquant(side: Side, head_dim: int, settings: dict[str, Any], layer: int) -> Codec:
+    return WkvQuantCodec(head_dim, settings["bits"], min(settings["group"], head_dim), pre_rope=side == "key")
 
 
 _PAPER: dict[str, Any] = {
@@ -132,6 +156,17 @@ _RVQ: dict[str, Any] = {
     "weight_power": 0.5,
     "distill_steps": 120,
 }
+_AQLM: dict[str, Any] = {
+    **_PAPER,
+    "group": 8,
+    "codebook_size": 256,
+    "stages": 2,
+    "beam": 8,
+    "sharing": "head",
+    "weight_power": 1.0,
+    "rounds": 6,
+    "max_vectors": 131072,
+}
 _SOURCE = "Kumar 2024, arXiv 2410.15704"
 
 METHODS: dict[str, Method] = {
@@ -139,10 +174,10 @@ METHODS: dict[str, Method] = {
         "residual VQ, own books per head, weighted search, trained by KL",
         f"kvfold; {_SOURCE}",
         _RVQ,
-        _build_residual,
-        compared=("bits=1.25", "bits=1.75", "bits=2.25", "bits=3", "bits=4"),
+        _residual(ResidualCodec),
+        compared=("bits=1.25", "bits=1.75", "bits=2.25", "bits=3", "bits=4", "rope=post"),
     ),
-    "rvq-paper": Method("residual VQ, 8 stages of 2048 codewords, greedy", _SOURCE, _PAPER, _build_residual),
+    "rvq-paper": Method("residual VQ, 8 stages of 2048 codewords, greedy", _SOURCE, _PAPER, _residual(ResidualCodec)),
     "turboquant": Method(
         "random rotation, Lloyd-Max levels",
         "Zandieh et al. 2025, arXiv 2504.19874",
@@ -216,12 +251,33 @@ METHODS: dict[str, Method] = {
         "Lei et al. 2024, arXiv 2403.07320; Savkin et al. 2025, arXiv 2502.09720",
         {"bits": 2.0, "scales": 4, "transform": "pca", "rope": "pre", "scale_bits": 8},
         _build_lattice,
+        compared=("bits=1", "bits=2", "bits=3", "bits=4"),
     ),
     "decoquant": Method(
         "chunks split into a large factor in integers and a small exact one",
         "Liu et al. 2024, arXiv 2405.12591",
         {"bits": 4, "inner": 8, "block": 128},
         _same_for_all(DecoQuantCodec),
+    ),
+    "aqlm": Method(
+        "additive codebooks, beam search and joint least squares under the model's own error",
+        "Egiazarian et al. 2024, arXiv 2401.06118",
+        _AQLM,
+        _residual(AqlmCodec),
+    ),
+    "lorc": Method(
+        "weights of keys and values at a low rank, the latent is cached, ranks by condition numbers",
+        "Zhang et al. 2024, arXiv 2410.03111",
+        {"rank": 0.5, "least": 0.25, "bits": 16, "latent": "joint", "basis_of": "weights"},
+        _build_lorc,
+        compared=("rank=0.5:bits=8", "rank=0.5:bits=4", "rank=0.75:bits=4"),
+        settle=settle_lorc,
+    ),
+    "wkvquant": Method(
+        "learned shift and scale a channel, then integers between minimum and maximum of a token",
+        "Yue et al. 2024, arXiv 2402.12065",
+        {"bits": 4, "group": 128, "train_steps": 16},
+        _build_wkvquant,
     ),
     "identity": Method(
         "no compression, the cache's own yardstick",
@@ -241,10 +297,12 @@ _CHOICES = {
     "scale_bits": (8, 16),
     "center": (0, 1),
     "projection": PROJECTIONS,
+    "latent": ("joint", "own"),
+    "basis_of": ("weights", "samples"),
 }
 
 
-_AT_LEAST_0 = ("extra_value_stages", "distill_steps", "first_layers", "seed")
+_AT_LEAST_0 = ("extra_value_stages", "distill_steps", "train_steps", "first_layers", "seed")
 
 
 def method(name: str) -> Method:

@@ -24,7 +24,8 @@ class Facts:
 
     Attributes:
         sensitivity: float32 `[G, D, D]`, second moment of the loss's gradient by such vectors.
-        projection: float32 `[G, D, N]`, the weights that make the vectors from the layer's input of `N` channels.
+        projection: float32 `[G, D, N]`, the weights that make the vectors from the layer's input of `N` channels (a bias is
+            the last, whose input is 1).
         demand: float32 `[G, D, D]`, what weighs an error `e` as `e' demand e`: the second moment of the queries that meet a
             key head, or the Gram matrix of the output projection of the query heads that a value head serves.
         place: rotates keys `[G, N, D]` before RoPE, of the samples' tokens, to their positions. Given to codecs with

@@ -107,6 +107,7 @@ class ResidualCodec(Codec):
     """
 
     kind = "residual"
+    settings_type: type[ResidualSettings] = ResidualSettings
 
     def __init__(self, head_dim: int, settings: ResidualSettings) -> None:
         super().__init__(head_dim)
@@ -191,10 +192,13 @@ class ResidualCodec(Codec):
     def _encode(self, x: Tensor) -> Codes:
         self._require_heads(x.shape[1])
         vectors, scale = self.scaled_groups(x)
+        return Codes({"codes": pack(self._search_codes(vectors).flatten(-2), self.bits), "scale": scale})
+
+    def _search_codes(self, vectors: Tensor) -> Tensor:
+        """Codes int32 `[B, G, T, S, P]` of scaled vectors `[B, G, T, P, d]`."""
         if self.weights is not None:
             vectors = torch.einsum("bgtpd,gpde->bgtpe", vectors, self.weights.float())
-        codes = ops.encode(vectors, *self._search(), self._settings.beam)
-        return Codes({"codes": pack(codes.flatten(-2), self.bits), "scale": scale})
+        return ops.encode(vectors, *self._search(), self._settings.beam)
 
     def _search(self) -> tuple[Tensor, Tensor]:
         """Codebooks and book of the search: with weights, every (stage, head, group) has its own, `codewords @ weights`."""
@@ -301,7 +305,7 @@ class ResidualCodec(Codec):
 
     @classmethod
     def restore(cls, head_dim: int, settings: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
-        codec = cls(head_dim, ResidualSettings(**settings))
+        codec = cls(head_dim, cls.settings_type(**settings))
         codebooks, book = tensors["codebooks"], tensors["book"]
         wanted = (codec.codebooks.shape[1:], (codec.book.shape[0], codec.book.shape[2]))
         came = (codebooks.shape[1:], (book.shape[0], book.shape[2]) if book.ndim == 3 else tuple(book.shape))

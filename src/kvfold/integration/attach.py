@@ -7,6 +7,7 @@ transformers version or model.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -24,8 +25,7 @@ from kvfold.errors import InputError
 from kvfold.integration.attention import codes_attention
 from kvfold.integration.spec import decoder_of, model_spec, rotary_module
 
-_NAME = "kvfold"
-_registered = 0
+_registered: Counter[str] = Counter()
 _attached: set[int] = set()
 
 
@@ -94,7 +94,7 @@ def attach(
     with ExitStack() as undo:
         _attached.add(id(model))
         undo.callback(_attached.discard, id(model))
-        undo.enter_context(_attention_of(model))
+        undo.enter_context(attention_as(model, "kvfold", codes_attention))
         undo.enter_context(hooked(model, attachment.new_cache))
         undo.enter_context(_generate_with(model, attachment.new_cache))
         yield attachment
@@ -148,24 +148,23 @@ def hooked(model: nn.Module, make: Callable[[], Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _attention_of(model: Any) -> Iterator[None]:
-    """The model's attention is `codes_attention`; the name is registered as long as any model uses it."""
-    global _registered
+def attention_as(model: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """The model's attention is `function`, with bool masks; `name` is registered as long as any model uses it."""
     before = _implementations(model)
-    if not _registered:
-        AttentionInterface.register(_NAME, codes_attention)
-        AttentionMaskInterface.register(_NAME, sdpa_mask)
-    _registered += 1
+    if not _registered[name]:
+        AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, sdpa_mask)
+    _registered[name] += 1
     try:
-        model.set_attn_implementation(_NAME)
+        model.set_attn_implementation(name)
         yield
     finally:
-        for config, name in before:
-            config._attn_implementation_internal = name
-        _registered -= 1
-        if not _registered:
-            AttentionInterface._global_mapping.pop(_NAME, None)
-            AttentionMaskInterface._global_mapping.pop(_NAME, None)
+        for config, implementation in before:
+            config._attn_implementation_internal = implementation
+        _registered[name] -= 1
+        if not _registered[name]:
+            AttentionInterface._global_mapping.pop(name, None)
+            AttentionMaskInterface._global_mapping.pop(name, None)
 
 
 def _implementations(model: Any) -> list[tuple[Any, Any]]:

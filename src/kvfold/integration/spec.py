@@ -37,6 +37,13 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
     return found
 
 
+def decoder_layers(model: nn.Module) -> dict[int, nn.Module]:
+    """Layer index -> the module whose child is its self-attention module."""
+    index_of = {id(module): index for index, module in attention_modules(model).items()}
+    pairs = ((module, child) for module in decoder_of(model).modules() for child in module.children())
+    return {index_of[id(child)]: module for module, child in pairs if id(child) in index_of}
+
+
 def rotary_module(model: nn.Module) -> nn.Module | None:
     """The module that computes cos and sin of all layers, or None if the model has no RoPE."""
     named = (m for m in decoder_of(model).modules() if type(m).__name__.endswith("RotaryEmbedding"))

@@ -29,7 +29,7 @@ from kvfold.codecs.artifact import CodecSet
 from kvfold.codecs.base import Codec
 from kvfold.codecs.residual import ResidualCodec
 from kvfold.config import RopeSpec
-from kvfold.integration.spec import attention_modules, decoder_of
+from kvfold.integration.spec import decoder_layers
 from kvfold.integration.stand_in import StandInCache, StandInLayer
 from kvfold.packing import unpack_scale
 
@@ -170,8 +170,7 @@ def checkpointed(model: nn.Module) -> Iterator[None]:
 
     transformers' own gradient checkpointing takes the cache away from the layers, so it cannot be used here.
     """
-    attention = {id(module) for module in attention_modules(model).values()}
-    layers = [m for m in decoder_of(model).modules() if any(id(child) in attention for child in m.children())]
+    layers = list(decoder_layers(model).values())
     before = [layer.__dict__.get("forward") for layer in layers]
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
