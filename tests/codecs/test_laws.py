@@ -7,12 +7,12 @@ import itertools
 import pytest
 import reference
 import torch
-from small import DIM, HEADS, fit, fitted, samples
+from small import DIM, HEADS, fit, fitted, place, samples
 from torch import Tensor
 
 from kvfold import ops
 from kvfold.codecs import KINDS, METHODS, Codec
-from kvfold.codecs.base import attend
+from kvfold.codecs.base import Facts, attend
 from kvfold.codes import Codes
 from kvfold.errors import InputError
 
@@ -153,7 +153,7 @@ def test_fit_tells_its_progress_step_by_step_and_keeps_its_samples(name: str, si
     codec = fitted(name, side)
     x = samples()
     again = KINDS[codec.kind].restore(DIM, codec.settings(), codec.tensors())
-    again.fit(x, torch.Generator().manual_seed(0), lambda: calls.append(1))
+    again.fit(x, torch.Generator().manual_seed(0), lambda: calls.append(1), Facts(place=place))
     assert len(calls) == again.fit_steps
     assert torch.equal(x, samples())
 
@@ -170,10 +170,10 @@ def test_attention_on_codes_is_attention_on_decoded_vectors(key_name: str, value
     key_codes, value_codes = keys.encode(vectors(tokens=1104)), values.encode(vectors(tokens=1104).flip(2))
     query, mask = torch.randn(2, 3 * HEADS, 4, DIM), torch.rand(2, 1, 4, 1104) < 0.5
     rotation, k = None, keys.decode(key_codes)
-    if keys.pre_rope:
+    if keys.reads_positions:
         positions = (torch.arange(1104) - torch.tensor([[0], [9]])).clamp_min(0)
         rotation = ops.Rotation(positions, torch.tensor([1.0, 0.1, 0.01]), 1.1, False)
-        k = ops.rotate(k, *rotation)
+        k = keys.place(k, rotation)
     got = attend(query, (keys, key_codes), (values, value_codes), rotation, mask, 0.25, 30.0)
     expected = reference.attention(query, k, values.decode(value_codes), mask, 0.25, 30.0)
     for part, right in zip(got, expected, strict=True):

@@ -175,7 +175,13 @@ METHODS: dict[str, Method] = {
         f"kvfold; {_SOURCE}",
         _RVQ,
         _residual(ResidualCodec),
-        compared=("bits=1.25", "bits=1.75", "bits=2.25", "bits=3", "bits=4", "rope=post"),
+        compared=("bits=1.25", "bits=1.75", "bits=2.25", "bits=3", "bits=4"),
+    ),
+    "rvq-post": Method(
+        "rvq of keys after RoPE around a rotated center, for faster attention",
+        f"kvfold; {_SOURCE}",
+        {**_RVQ, "rope": "post", "beam": 8},
+        _residual(ResidualCodec),
     ),
     "rvq-paper": Method("residual VQ, 8 stages of 2048 codewords, greedy", _SOURCE, _PAPER, _residual(ResidualCodec)),
     "turboquant": Method(
