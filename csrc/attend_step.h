@@ -8,7 +8,6 @@
 // as integers and rotated in registers where the CPU has the instructions (attend_rotated.h), else decoded.
 #pragma once
 
-#include <numeric>
 #include <optional>
 
 #include "attend_bytes.h"
@@ -240,8 +239,7 @@ struct Step : Rows<kWidth> {
       Aligned<float> scores(kStepBlock * kWidth), mass(values.codes() * values.size * kWidth, 0.0f);
       Aligned<float> wide(kStepBlock * kWidth, 0.0f), weights(kStepBlock * kWidth);
       std::vector<float> scales(kStepBlock);
-      std::vector<int32_t> kept(kStepBlock), everyone(kStepBlock);
-      std::iota(everyone.begin(), everyone.end(), 0);
+      std::vector<int32_t> kept(kStepBlock);
       std::vector<uint16_t> codes(value_bytes ? 0 : values.codes() * kStepBlock);
       RotatedScores rotation(plan, call, b, g, first_row, rows);
       Wide reference = Wide{} + std::numeric_limits<float>::infinity(), sum_of = Wide{}, lost = Wide{};
@@ -285,7 +283,7 @@ struct Step : Rows<kWidth> {
         sum_of += block_sum;
         int64_t count_kept = count;
         const float* chosen = scores.data();
-        const int32_t* places = everyone.data();
+        const int32_t* places = nullptr;
         if (skip > 0) {
           // The sum of all that is skipped stays below skip * kSkipShare * (mass so far); `join` checks the real bound.
           float least_mass = block_mass[0], least_weight = block_least[0];
