@@ -17,7 +17,7 @@
 
 namespace kvfold {
 
-constexpr int64_t kStepBlock = 2048;  // keys whose scores are held at a time
+constexpr int64_t kStepBlock = 1024;  // keys whose scores are held at a time
 constexpr int64_t kStepChunk = 16384;  // keys of a piece of work at most
 constexpr int64_t kStepLeast = 1024;   // and at least, if there are so many
 constexpr int64_t kStepPieces = 8;     // wanted
