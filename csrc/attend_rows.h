@@ -119,8 +119,8 @@ struct Rows {
         put(scores + t * kWidth, get(scores + t * kWidth) + get(tables + first * table_size + codes[t * stride + first] * kWidth));
   }
 
-  // mass [codes][size][kWidth] of the `count` values at `kept`, or, without, of the first. Bound by one store a cycle; where codewords lie is found ahead, so
-  // that little else is issued.
+  // mass [codes][size][kWidth] of the `count` values at `kept`, or, without, of the first. Bound by one store a cycle; where
+  // codewords lie is found ahead, so that little else is issued.
   template <int64_t kSize, class Code>
   static void add_mass(const Code* codes, int64_t stride, const int32_t* kept, int64_t count, int64_t codes_of, int64_t size,
                        const float* weights, float* mass, Ahead next) {

@@ -4,8 +4,9 @@
 // one load serves all:
 //   keys     score of a key = sum over its codes l of table[l][code], table[l][c] = q . codeword
 //   values   sum of the keys' weights by codeword first, mass[l][c] += weight, then one product with the codebooks
-// Neither decodes a vector, and both are float32 throughout. Keys that must be rotated cannot use tables: they are added up
-// as integers and rotated in registers where the CPU has the instructions (attend_rotated.h), else decoded.
+// Neither decodes a vector. Masses are float32; tables too, unless they are looked up in registers (attend_bytes.h). Keys that
+// must be rotated cannot use tables: they are added up as integers and rotated in registers where the CPU has the instructions
+// (attend_rotated.h), else decoded.
 #pragma once
 
 #include <optional>
