@@ -69,7 +69,8 @@ struct ByteTables {
     }
     const float error = static_cast<float>(std::sqrt(square));
     if (!(error < std::numeric_limits<float>::infinity())) return std::numeric_limits<float>::infinity();
-    for (int64_t l = 0; l < codes; l++) pack(tables + l * kByteSize, middle[l], 1 / (steps[l / kBunch] * unit), to + l * 2 * kByteSize);
+    for (int64_t l = 0; l < codes; l++)
+      pack(tables + l * kByteSize, middle[l], 1 / (steps[l / kBunch] * unit), to + l * 2 * kByteSize);
     return error;
   }
 
@@ -101,8 +102,7 @@ struct ByteTables {
           sums[2 * i + 1] = _mm512_dpwssd_epi32(sums[2 * i + 1], entries[i], odd);
         }
       }
-      for (int i = 0; i < 8; i++)
-        _mm512_storeu_ps(scores + 16 * i, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[i]), _mm512_set1_ps(unit), _mm512_set1_ps(base)));
+      for (int i = 0; i < 8; i++) store(scores + 16 * i, (vf)_mm512_cvtepi32_ps(sums[i]) * unit + base);
     }
   }
 
@@ -138,7 +138,8 @@ struct ByteTables {
   }
 };
 
-// Codes of 64 keys, of a byte, in rows of `stride`, to [codes][64]. The keys lie in the order that the unpacking in `look_up` undoes.
+// Codes of 64 keys, of a byte, in rows of `stride`, to [codes][64]. The keys lie in the order that the unpacking in `look_up`
+// undoes.
 KV_VBMI inline void turn_block(const uint8_t* from, int64_t stride, int64_t codes, uint8_t* to) {
   alignas(64) uint8_t order[64];  // four rows of 16 bytes to 16 times four bytes of a code
   for (int i = 0; i < 64; i++) order[i] = static_cast<uint8_t>(i % 4 * 16 + i / 4);

@@ -139,6 +139,8 @@ class RotatedScores {
     for (int64_t l = 0; l < books.codes(); l++)
       in_order_ = in_order_ && tables_[l] == tables_[l % books.groups] + l / books.groups * 256 * 32;
     if (!(call.key.bits == 8 && books.size == 256)) codes_.resize(kRotationTile * books.codes());
+    near_.resize(codes_.empty() ? kRotationTile * books.codes() : 0);
+    far_.resize(codes_.size());
   }
 
   // Scores (without the keys' scales) of keys first..first+count-1, `[count][kWidth]`, with room for a multiple of 4 keys.
@@ -151,21 +153,32 @@ class RotatedScores {
       turn(first + t, size);
       const uint8_t* row = code_row(call_.key, b_, g_, first + t);
       if (codes_.empty()) {
-        pick<kWidth>(row, call_.key.token_stride, size, to + t * kWidth);
+        find(row, call_.key.token_stride, size, near_.data());
+        pick<kWidth>(near_.data(), size, to + t * kWidth);
       } else {
         unpack(call_.key, row, size, codes_.data());
-        pick<kWidth>(codes_.data(), books.codes(), size, to + t * kWidth);
+        find(codes_.data(), books.codes(), size, far_.data());
+        pick<kWidth>(far_.data(), size, to + t * kWidth);
       }
     }
   }
 
  private:
+  // Where codewords lie in their tables, in bytes, of `count` tokens: found ahead of adding them up, which is then one
+  // instruction less a codeword.
+  template <class Code, class Place>
+  void find(const Code* codes, int64_t stride, int64_t count, Place* to) const {
+    const int64_t of = call_.key.books->codes();
+    for (int64_t t = 0; t < count; t++)
+      for (int64_t l = 0; l < of; l++) to[t * of + l] = static_cast<Place>(codes[t * stride + l] * 64);
+  }
+
   // Integers of group p of a token, scale 1. With kStages known, the tables of a group's stages lie one behind the other.
-  template <int kStages, class Code>
-  __m512i add_up(const Code* code, int64_t p, int64_t groups, int64_t stages) const {
+  template <int kStages, class Place>
+  __m512i add_up(const Place* place, int64_t p, int64_t groups, int64_t stages) const {
     const auto codeword = [&](int64_t s) {
       const int16_t* table = kStages ? tables_[p] + s * 256 * 32 : tables_[s * groups + p];
-      return _mm512_loadu_si512(table + static_cast<size_t>(code[s * groups + p]) * 32);
+      return _mm512_loadu_si512(reinterpret_cast<const char*>(table) + place[s * groups + p]);
     };
     __m512i z = codeword(0);
 #pragma GCC unroll 8
@@ -208,19 +221,19 @@ class RotatedScores {
     known_ = true;
   }
 
-  template <int kWidth, class Code>
-  void pick(const Code* codes, int64_t stride, int64_t count, float* to) {
+  template <int kWidth, class Place>
+  void pick(const Place* places, int64_t count, float* to) {
     const Books& books = *call_.key.books;
     if (in_order_ && books.groups == 4 && books.stages == 8)
-      tile<kWidth, 4, 8>(codes, stride, count, to);
+      tile<kWidth, 4, 8>(places, count, to);
     else if (in_order_ && books.groups == 2 && books.stages == 8)
-      tile<kWidth, 2, 8>(codes, stride, count, to);
+      tile<kWidth, 2, 8>(places, count, to);
     else
-      tile<kWidth, 0, 0>(codes, stride, count, to);
+      tile<kWidth, 0, 0>(places, count, to);
   }
 
-  template <int kWidth, int kGroups, int kStages, class Code>
-  void tile(const Code* codes, int64_t stride, int64_t count, float* to) {
+  template <int kWidth, int kGroups, int kStages, class Place>
+  void tile(const Place* places, int64_t count, float* to) {
     const int64_t groups = kGroups ? kGroups : call_.key.books->groups, stages = kStages ? kStages : call_.key.books->stages;
     const int64_t dim = groups * 32;
     const int16_t* turns = plan_.table->turns.data();
@@ -230,13 +243,13 @@ class RotatedScores {
       __m512i quarter[kWidth / 4][4];
       for (int k = 0; k < 4; k++) {
         const int64_t at = std::min(t + k, count - 1);
-        const Code* code = codes + at * stride;
+        const Place* place = places + at * groups * stages;
         const int16_t* turn = turns + offset_[at] * groups * 64;
         __m512i acc[kWidth];
         for (int r = 0; r < kWidth; r++) acc[r] = _mm512_setzero_si512();
 #pragma GCC unroll 4
         for (int64_t p = 0; p < groups; p++) {
-          __m512i z = add_up<kStages>(code, p, groups, stages);
+          __m512i z = add_up<kStages>(place, p, groups, stages);
           const __m512i swapped = _mm512_shuffle_i64x2(z, z, 0x4e);
           z = _mm512_add_epi16(_mm512_mulhrs_epi16(z, _mm512_loadu_si512(turn + p * 64)),
                                _mm512_mulhrs_epi16(swapped, _mm512_loadu_si512(turn + p * 64 + 32)));
@@ -279,7 +292,8 @@ class RotatedScores {
   Aligned<int16_t> integers_;  // [8][dim], coded order
   std::vector<const int16_t*> tables_;  // of each code
   bool in_order_ = false;
-  std::vector<uint16_t> codes_;
+  std::vector<uint16_t> codes_, near_;  // codes that are no bytes; where codewords of bytes lie, else:
+  std::vector<uint32_t> far_;
   uint8_t offset_[kRotationTile] = {};
   int32_t at_ = 0;
   int64_t onwards_ = 0;

@@ -119,8 +119,8 @@ struct Rows {
         put(scores + t * kWidth, get(scores + t * kWidth) + get(tables + first * table_size + codes[t * stride + first] * kWidth));
   }
 
-  // mass [codes][size][kWidth] of the `count` values at `kept`. Bound by one store a cycle; where codewords lie is found ahead, so
-  // that little else is issued.
+  // mass [codes][size][kWidth] of the `count` values at `kept`, or, without, of the first. Bound by one store a cycle; where
+  // codewords lie is found ahead, so that little else is issued.
   template <int64_t kSize, class Code>
   static void add_mass(const Code* codes, int64_t stride, const int32_t* kept, int64_t count, int64_t codes_of, int64_t size,
                        const float* weights, float* mass, Ahead next) {
@@ -135,7 +135,7 @@ struct Rows {
         next.ask();
         for (int64_t i = 0; i < some; i++) {
           Code code[kLaneBlock];
-          std::memcpy(code, codes + kept[t + i] * stride + first, sizeof code);
+          std::memcpy(code, codes + (kept ? kept[t + i] : t + i) * stride + first, sizeof code);
           for (int64_t l = 0; l < kLaneBlock; l++) place[i * kLaneBlock + l] = static_cast<Place>(code[l] * sizeof(Wide));
         }
         for (int64_t i = 0; i < some; i++) {
@@ -150,7 +150,7 @@ struct Rows {
     }
     for (; first < codes_of; first++)
       for (int64_t i = 0; i < count; i++) {
-        float* sum_of = mass + first * table_size + codes[kept[i] * stride + first] * kWidth;
+        float* sum_of = mass + first * table_size + codes[(kept ? kept[i] : i) * stride + first] * kWidth;
         put(sum_of, get(sum_of) + get(weights + i * kWidth));
       }
   }

@@ -4,11 +4,11 @@
 // one load serves all:
 //   keys     score of a key = sum over its codes l of table[l][code], table[l][c] = q . codeword
 //   values   sum of the keys' weights by codeword first, mass[l][c] += weight, then one product with the codebooks
-// Neither decodes a vector, and both are float32 throughout. Keys that must be rotated cannot use tables: they are added up
-// as integers and rotated in registers where the CPU has the instructions (attend_rotated.h), else decoded.
+// Neither decodes a vector. Masses are float32; tables too, unless they are looked up in registers (attend_bytes.h). Keys that
+// must be rotated cannot use tables: they are added up as integers and rotated in registers where the CPU has the instructions
+// (attend_rotated.h), else decoded.
 #pragma once
 
-#include <numeric>
 #include <optional>
 
 #include "attend_bytes.h"
@@ -19,7 +19,7 @@
 
 namespace kvfold {
 
-constexpr int64_t kStepBlock = 2048;  // keys whose scores are held at a time
+constexpr int64_t kStepBlock = 1024;  // keys whose scores are held at a time
 constexpr int64_t kStepChunk = 16384;  // keys of a piece of work at most
 constexpr int64_t kStepLeast = 1024;   // and at least, if there are so many
 constexpr int64_t kStepPieces = 8;     // wanted
@@ -242,8 +242,7 @@ struct Step : Rows<kWidth> {
       Aligned<float> scores(kStepBlock * kWidth), mass(values.codes() * values.size * kWidth, 0.0f);
       Aligned<float> wide(kStepBlock * kWidth, 0.0f), weights(kStepBlock * kWidth);
       std::vector<float> scales(kStepBlock);
-      std::vector<int32_t> kept(kStepBlock), everyone(kStepBlock);
-      std::iota(everyone.begin(), everyone.end(), 0);
+      std::vector<int32_t> kept(kStepBlock);
       std::vector<uint16_t> codes(value_bytes ? 0 : values.codes() * kStepBlock);
       RotatedScores rotation(plan, call, b, g, first_row, rows);
       std::optional<CenterScores<kWidth>> center;
@@ -290,7 +289,7 @@ struct Step : Rows<kWidth> {
         sum_of += block_sum;
         int64_t count_kept = count;
         const float* chosen = scores.data();
-        const int32_t* places = everyone.data();
+        const int32_t* places = nullptr;
         if (skip > 0) {
           // The sum of all that is skipped stays below skip * kSkipShare * (mass so far); `join` checks the real bound.
           float least_mass = block_mass[0], least_weight = block_least[0];

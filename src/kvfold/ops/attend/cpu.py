@@ -1,7 +1,7 @@
 """Attention in C++ (csrc/attend*.h): on codes, and on exact keys and values.
 
 A few queries (a decode step) work on tables and never decode; see docs/performance.md for how. Error against the naive op,
-root mean square over that of the output: 1e-3 for a few queries on keys coded before RoPE with AVX-512 (16-bit integers),
+root mean square over that of the output: 1e-3 for a few queries with AVX-512 (16-bit integers, of keys or of tables of scores),
 1e-2 for many bfloat16 queries on a matrix unit (the precision of such a model's own attention), 3e-5 otherwise. Where
 softmax weights vanish, values are left unread as long as the output provably changes by at most `SKIP` of its norm.
 """
