@@ -119,5 +119,5 @@ def test_an_unknown_dtype_is_refused() -> None:
 
 
 def test_other_names_are_told() -> None:
-    with pytest.raises(InputError, match="rvq, rvq-paper, turboquant, kivi, "):
+    with pytest.raises(InputError, match="rvq, rvq-post, rvq-paper, turboquant, kivi, "):
         method("svd")

@@ -124,7 +124,8 @@ def test_the_steps_from_the_papers_codes_to_ours_end_at_the_preset(monkeypatch: 
     variants = ABLATIONS["rvq"][1]
     first, last = ({**METHODS["rvq"].defaults, **variant.calibration} for variant in (variants[0], variants[-1]))
     assert last == METHODS["rvq"].defaults
-    assert first == {**METHODS["rvq-paper"].defaults, "codebook_size": METHODS["rvq"].defaults["codebook_size"]}
+    unchanged = {name: METHODS["rvq"].defaults[name] for name in ("codebook_size", "center")}
+    assert first == {**METHODS["rvq-paper"].defaults, **unchanged}
     for variant in variants:  # so that the test is done in a moment
         monkeypatch.setitem(variant.calibration, "distill_steps", min(2, variant.calibration["distill_steps"]))
     rows = run("rvq", codec="rvq", settings={**SMALL, "stages": 4})

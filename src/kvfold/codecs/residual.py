@@ -316,12 +316,10 @@ class ResidualCodec(Codec):
                 "the codec file is damaged: calibrate again",
             )
         codec.weights, codec.center = tensors.get("weights"), tensors.get("center")
-        if (codec.center is not None) != codec.centers or (
-            codec.center is not None and codec.center.shape != (book.shape[1], head_dim)
-        ):
-            found = "none" if codec.center is None else str(tuple(codec.center.shape))
-            wanted_center = str((book.shape[1], head_dim)) if codec.centers else "none"
-            raise InputError(f"center {wanted_center}", found, "the codec file is damaged: calibrate again")
+        due = (book.shape[1], head_dim) if codec.centers and book.numel() else None
+        found_center = None if codec.center is None else tuple(codec.center.shape)
+        if due != found_center:
+            raise InputError(f"center {due}", f"{found_center}", "the codec file is damaged: calibrate again")
         shape = (book.shape[1], book.shape[2], codebooks.shape[2], codebooks.shape[2])
         if codec.weights is not None and codec.weights.shape != shape:
             found = str(tuple(codec.weights.shape))

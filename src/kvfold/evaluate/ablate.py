@@ -70,8 +70,9 @@ def _contiguous(group: int = 32) -> dict[str, Any]:
 def _steps_beyond() -> list[Variant]:
     """From the paper's codes to those of the preset `rvq` with as many codewords, a change a row."""
     paper, ours = method("rvq-paper").defaults, method("rvq").defaults
+    same = ("codebook_size", "center")  # a center is for keys after RoPE only, and these are before it
     changes: list[tuple[str, dict[str, Any]]] = [
-        ("the paper's codes", {name: paper[name] for name in ours if paper[name] != ours[name] and name != "codebook_size"}),
+        ("the paper's codes", {name: paper[name] for name in ours if paper[name] != ours[name] and name not in same}),
         ("+ codebooks of a head's own, 8 bits", {"sharing": "head", "codebook_dtype": "float8"}),
         ("+ scale in a byte, a stage of values", {"scale_bits": 8, "extra_value_stages": 1}),
         ("+ search weighted by sensitivity", {"weight_power": 0.5}),
