@@ -282,7 +282,7 @@ def _bench_attend(parser: argparse.ArgumentParser) -> None:
     default = ",".join(map(str, ATTEND_CONTEXTS))
     about = f"keys in the cache (default {default})"
     parser.add_argument("--contexts", type=_numbers, default=ATTEND_CONTEXTS, metavar="N,N", help=about)
-    about = "keys coded after RoPE, before it, or both (default)"
+    about = "keys coded after RoPE, before it, both (default), or after it around a rotated center (center)"
     parser.add_argument("--rope", type=_names, default=ROPES, metavar="post,pre", dest="ropes", help=about)
     sizes = {"--heads": 32, "--kv-heads": 8, "--head-dim": 128, "--stages": 8, "--codebook-size": 256, "--group": 32}
     for option, default_size in sizes.items():

@@ -46,6 +46,7 @@ def test_bench_attend_measures_both_ropes_and_checks_first(run: Callable[..., Ra
         assert result["max_rel_error"] <= 1e-3
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert "speed-up" in run("bench", "attend", "--contexts", "300", "--rope", "pre", *SIZES).out
+    assert "center-RoPE" in run("bench", "attend", "--contexts", "300", "--rope", "center", *SIZES).out
 
 
 @NEEDS_NATIVE
@@ -65,7 +66,7 @@ def test_bench_encode_measures_every_beam(run: Callable[..., Ran]) -> None:
     [
         (["attend", "--heads", "5", "--kv-heads", "2"], "a multiple of kv-heads"),
         (["attend", "--head-dim", "48"], "head-dim of group"),
-        (["attend", "--rope", "middle"], "rope pre or post"),
+        (["attend", "--rope", "middle"], "rope pre, post or center"),
         (["attend", "--backend", "fpga"], "fpga"),
         (["encode", "--backend", "fpga"], "fpga"),
         (["encode", "--beams", "0"], "at least 1"),

@@ -25,6 +25,7 @@ from kvfold.progress import Progress
 
 CONTEXTS = (4096, 32768)
 ROPES = ("post", "pre")
+_KNOWN = (*ROPES, "center")  # after RoPE around a center that is rotated
 
 
 def bench_attend(
@@ -45,6 +46,7 @@ def bench_attend(
     """Measure a decode step (one query, batch 1) of one layer at every context, keys coded after RoPE or before it.
 
     Args:
+        ropes: "post", "pre", or "center" for keys after RoPE around a rotated center.
         repeats: rounds in which every way is run once; medians are reported.
         backend: of `ops.attend`; None for the best there is.
 
@@ -59,9 +61,9 @@ def bench_attend(
     """
     if heads % kv_heads or head_dim % group:
         raise InputError("heads a multiple of kv-heads, head-dim of group", f"{heads}/{kv_heads}, {head_dim}/{group}", "change")
-    unknown = [rope for rope in ropes if rope not in ROPES]
+    unknown = [rope for rope in ropes if rope not in _KNOWN]
     if unknown:
-        raise InputError("rope pre or post", repr(unknown[0]), "choose among these")
+        raise InputError("rope pre, post or center", repr(unknown[0]), "choose among these")
     reader = native.module()
     results = []
     with Progress("bench attend", len(contexts) * len(ropes), quiet) as step, torch.no_grad():
@@ -71,7 +73,9 @@ def bench_attend(
                 key, value = (
                     _coded(kv_heads, context, head_dim, stages, codebook_size, group, strided) for strided in (True, False)
                 )
-                rotation = _rotation(context, head_dim) if rope == "pre" else None
+                rotation = None if rope == "post" else _rotation(context, head_dim)
+                if rope == "center":
+                    key = key._replace(center=torch.randn(kv_heads, head_dim))
                 query = torch.randn(1, heads, 1, head_dim)
                 result = _measure(query, key, value, rotation, repeats, backend, reader)
                 sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "stages": stages}
@@ -98,7 +102,7 @@ def _measure(
     error = ((out - right).square().mean(-1) / right.square().mean(-1)).sqrt().max()
     keys = decode_tile(key, 0, key.packed.shape[2])
     if rotation is not None:
-        keys = ops.rotate(keys, *rotation)
+        keys = ops.rotate(keys, *rotation) if key.center is None else keys + ops.rotated_center(key.center, rotation)
     keys, values = keys.bfloat16(), decode_tile(value, 0, key.packed.shape[2]).bfloat16()
     dense_query = query.bfloat16()
     grouped = dense_query.view(1, kv_heads, -1, query.shape[-1])

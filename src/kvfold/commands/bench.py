@@ -46,6 +46,7 @@ def bench_generation(args: argparse.Namespace) -> None:
     record_if_asked(args, "bench-generate", {"results": results})
 
 
+_TITLES = {"pre": "keys coded before RoPE", "post": "keys coded after RoPE", "center": "after RoPE, around a center"}
 _TIMES = {
     "kvfold_ms": "kvfold",
     "dense_bf16_ms": "dense bf16",
@@ -74,9 +75,7 @@ def bench_attention(args: argparse.Namespace) -> None:
     record_if_asked(args, "bench-attend", {"results": results})
     if args.plot:
         panels = {
-            f"keys coded {'before' if rope == 'pre' else 'after'} RoPE": {
-                title: [one[field] for one in results if one["rope"] == rope] for field, title in _TIMES.items()
-            }
+            _TITLES[rope]: {title: [one[field] for one in results if one["rope"] == rope] for field, title in _TIMES.items()}
             for rope in args.ropes
         }
         picture(lambda: plot_times(panels, contexts, Path(args.plot)), Path(args.plot))
