@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvfold import ops
 from kvfold.codecs import Codec
 from kvfold.codecs.artifact import CodecSet
 from kvfold.codecs.wkvquant import WkvQuantCodec
@@ -69,9 +68,7 @@ class _Layer(StandInLayer):
             return key_states, value_states
         key, value = self.pair
         rotation = self.rotation(slice(None), key_states.device)
-        plain = key_states.float() if rotation is None else ops.unrotate(key_states, *rotation)
-        read = key.through(plain)
-        read = read if rotation is None else ops.rotate(read, *rotation)
+        read = key.place(key.through(key.unplace(key_states.float(), rotation)), rotation)
         return read.to(key_states.dtype), value.through(value_states.float()).to(value_states.dtype)
 
 

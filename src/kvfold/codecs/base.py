@@ -126,7 +126,6 @@ class Codec(ABC):
     def bits_per_element(self) -> float:
         """Bits stored per channel of a vector, side information included, codebooks not."""
 
-    @abstractmethod
     def fit(
         self,
         x: Tensor,
@@ -134,11 +133,12 @@ class Codec(ABC):
         progress: Callable[[], None] = lambda: None,
         facts: Facts = NO_FACTS,
     ) -> None:
-        """Learn from samples `x [G, N, D]` (and `facts`); `progress` is called `fit_steps` times.
+        """Learn from samples `x [G, N, D]` (and `facts`); `progress` is called `fit_steps` times. Here: nothing is learned.
 
         Raises:
             InputError: too few samples.
         """
+        progress()
 
     @property
     def fit_steps(self) -> int:

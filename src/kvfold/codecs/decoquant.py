@@ -21,13 +21,12 @@ Nothing is calibrated; keys are coded after RoPE. A chunk is coded when it is fu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from kvfold.codecs.base import NO_FACTS, Codec, Facts
+from kvfold.codecs.base import Codec
 from kvfold.codes import Codes, stripe, unstripe
 from kvfold.errors import InputError
 from kvfold.packing import pack, packed_bytes, unpack
@@ -71,11 +70,6 @@ class DecoQuantCodec(Codec):
     def bits_per_element(self) -> float:
         factor = -(-2 * self.inner * self.inner // self.block)
         return 8 * (packed_bytes(self.head_dim, self.bits) + 2 + factor) / self.head_dim
-
-    def fit(
-        self, x: Tensor, generator: torch.Generator, progress: Callable[[], None] = lambda: None, facts: Facts = NO_FACTS
-    ) -> None:
-        progress()
 
     def settings(self) -> dict[str, Any]:
         return {"bits": self.bits, "inner": self.inner, "block": self.block}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from kvfold.codecs.base import NO_FACTS, Codec, Facts
+from kvfold.codecs.base import Codec
 from kvfold.codes import Codes
 from kvfold.errors import InputError
 
@@ -35,15 +34,6 @@ class IdentityCodec(Codec):
     @property
     def bits_per_element(self) -> float:
         return 8.0 * _DTYPES[self.dtype].itemsize
-
-    def fit(
-        self,
-        x: Tensor,
-        generator: torch.Generator,
-        progress: Callable[[], None] = lambda: None,
-        facts: Facts = NO_FACTS,
-    ) -> None:
-        progress()
 
     def settings(self) -> dict[str, Any]:
         return {"dtype": self.dtype}

@@ -20,13 +20,12 @@ Keys are coded after RoPE.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from kvfold.codecs.base import NO_FACTS, Codec, Facts
+from kvfold.codecs.base import Codec
 from kvfold.codecs.levels import normal_levels
 from kvfold.codecs.transform import rotation
 from kvfold.codes import Codes
@@ -71,11 +70,6 @@ class KashinCodec(Codec):
     @property
     def bits_per_element(self) -> float:
         return 8 * (packed_bytes(2 * self.head_dim, self.bits) + 2 * (1 << self.bits)) / self.head_dim
-
-    def fit(
-        self, x: Tensor, generator: torch.Generator, progress: Callable[[], None] = lambda: None, facts: Facts = NO_FACTS
-    ) -> None:
-        progress()
 
     def settings(self) -> dict[str, Any]:
         return {"bits": self.bits, "steps": self.steps, "refine": self.refine}

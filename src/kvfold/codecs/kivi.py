@@ -13,13 +13,12 @@ float16 a channel of a block are striped over the block's tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from kvfold.codecs.base import NO_FACTS, Codec, Facts
+from kvfold.codecs.base import Codec
 from kvfold.codes import Codes, stripe, unstripe
 from kvfold.errors import InputError
 from kvfold.packing import pack, packed_bytes, unpack
@@ -72,11 +71,6 @@ class KiviCodec(Codec):
         rows = self.head_dim if self.axis == "channel" else self.head_dim // self.group
         side = -(-4 * rows // self.block)
         return 8 * (packed_bytes(self.head_dim, self.bits) + side) / self.head_dim
-
-    def fit(
-        self, x: Tensor, generator: torch.Generator, progress: Callable[[], None] = lambda: None, facts: Facts = NO_FACTS
-    ) -> None:
-        progress()
 
     def settings(self) -> dict[str, Any]:
         return {"axis": self.axis, "bits": self.bits, "group": self.group}

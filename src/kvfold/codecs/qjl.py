@@ -23,14 +23,13 @@ coded by KIVI's integers, as in the paper. Nothing is calibrated. Keys are coded
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import cache
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from kvfold.codecs.base import NO_FACTS, Codec, Facts
+from kvfold.codecs.base import Codec
 from kvfold.codecs.transform import haar
 from kvfold.codes import Codes, stripe, unstripe
 from kvfold.errors import InputError
@@ -114,11 +113,6 @@ class QjlCodec(Codec):
     def bits_per_element(self) -> float:
         channels = -(-self.outliers // self.block)
         return 8 * (packed_bytes(sum(self._rows), 1) + 2 * len(self._rows) + channels) / self.head_dim
-
-    def fit(
-        self, x: Tensor, generator: torch.Generator, progress: Callable[[], None] = lambda: None, facts: Facts = NO_FACTS
-    ) -> None:
-        progress()
 
     def settings(self) -> dict[str, Any]:
         names = ("sketch", "outliers", "outlier_sketch", "group", "projection", "seed")

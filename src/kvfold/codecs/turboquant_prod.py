@@ -14,13 +14,12 @@ Keys only: values meet no query, and take all `b` bits in TurboQuant's levels. K
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from kvfold.codecs.base import NO_FACTS, Codec, Facts
+from kvfold.codecs.base import Codec
 from kvfold.codecs.qjl import QjlCodec
 from kvfold.codecs.turboquant import TurboQuantCodec
 from kvfold.codes import Codes
@@ -59,11 +58,6 @@ class TurboQuantProdCodec(Codec):
     @property
     def bits_per_element(self) -> float:
         return self._levels.bits_per_element + self._signs.bits_per_element
-
-    def fit(
-        self, x: Tensor, generator: torch.Generator, progress: Callable[[], None] = lambda: None, facts: Facts = NO_FACTS
-    ) -> None:
-        progress()
 
     def settings(self) -> dict[str, Any]:
         return {"bits": self.bits, "seed": self.seed}
