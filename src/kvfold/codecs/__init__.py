@@ -80,6 +80,9 @@ def _residual(kind: type[ResidualCodec]) -> Callable[[Side, int, dict[str, Any],
         own = {field.name: settings[field.name] for field in fields(kind.settings_type) if field.name in settings}
         if side == "value":
             own["stages"] += settings["extra_value_stages"]
+            if own["stages"] < 1:
+                told = f"{settings['stages']} and extra_value_stages {settings['extra_value_stages']}"
+                raise InputError("at least 1 stage for values", told, "raise one of them")
         pre_rope = side == "key" and settings["rope"] == "pre"
         own |= {"grouping": settings[f"{side}_groups"], "pre_rope": pre_rope}
         own["center"] = bool(settings["center"]) and side == "key" and not pre_rope
@@ -180,7 +183,7 @@ METHODS: dict[str, Method] = {
     "rvq-post": Method(
         "rvq of keys after RoPE around a rotated center, for faster attention",
         f"kvfold; {_SOURCE}",
-        {**_RVQ, "rope": "post", "beam": 8},
+        {**_RVQ, "rope": "post", "beam": 8, "stages": 9, "extra_value_stages": -1},
         _residual(ResidualCodec),
     ),
     "rvq-paper": Method("residual VQ, 8 stages of 2048 codewords, greedy", _SOURCE, _PAPER, _residual(ResidualCodec)),
@@ -308,7 +311,7 @@ _CHOICES = {
 }
 
 
-_AT_LEAST_0 = ("extra_value_stages", "distill_steps", "train_steps", "first_layers", "seed")
+_AT_LEAST_0 = ("distill_steps", "train_steps", "first_layers", "seed")
 
 
 def method(name: str) -> Method:
@@ -322,7 +325,8 @@ def resolve_settings(name: str, changes: dict[str, Any], head_dim: int) -> dict[
     """Defaults of method `name` with `changes` (values may be strings) applied.
 
     `bits=X` stands for the stages that come to at most `X` bits per element at this head dim, keys and values together; if
-    their number is odd, values get the one more (where `extra_value_stages` is 0, both have the same).
+    their number is odd, the side with more by default gets the one more (values where `extra_value_stages` is above 0, keys
+    below; at 0 both have the same).
 
     Raises:
         InputError: unknown setting, or a value of the wrong type or outside its choices.
@@ -384,7 +388,8 @@ def _stages_for(bits: float, settings: dict[str, Any], head_dim: int) -> dict[st
     if both < 2:
         fix = "raise bits, or set a larger group or smaller codebook_size"
         raise InputError(f"bits of at least {one.bits_per_element:g}", f"{bits:g}", fix)
-    return {"stages": both // 2, "extra_value_stages": both % 2}
+    extra = both % 2 if settings["extra_value_stages"] > 0 else -(both % 2)
+    return {"stages": (both - extra) // 2, "extra_value_stages": extra}
 
 
 __all__ = ["KINDS", "METHODS", "Codec", "Method", "Side", "build_codec", "method", "resolve_settings", "settle"]
