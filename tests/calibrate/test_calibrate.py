@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 
 import kvfold
+from kvfold.calibrate.readings import Readings
 from kvfold.calibrate.text import builtin_text, own_samples
 
 TEXT = builtin_text()
@@ -31,6 +33,33 @@ def test_same_seed_same_bytes_and_another_seed_others(tmp_path: Path) -> None:
     first = folder_bytes(calibrated(), tmp_path / "a")
     assert folder_bytes(calibrated(), tmp_path / "b") == first
     assert folder_bytes(calibrated(seed=1), tmp_path / "c") != first
+
+
+def test_shared_readings_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each as alone, though the text is read once for all keys before RoPE, and once for those after it."""
+    asked = [
+        (seed, {**SMALL, "rope": rope, **change})
+        for seed in (0, 1)
+        for rope in ("pre", "post")
+        for change in ({}, {"stages": 3})
+    ]
+    alone = [calibrated(seed=seed, settings=settings).fingerprint() for seed, settings in asked]
+    whole = sys.modules["kvfold.calibrate.calibrate"]
+    collected: list[bool] = []
+    collect = whole._collect  # type: ignore[attr-defined]
+    monkeypatch.setattr(whole, "_collect", lambda *args: collected.append(True) or collect(*args))
+    readings = Readings()
+    shared = [calibrated(seed=seed, settings=settings, readings=readings).fingerprint() for seed, settings in asked]
+    assert shared == alone
+    assert len(collected) <= 4  # one a seed and whether positions are read
+
+
+def test_the_models_own_text_is_written_once_for_shared_readings(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = calibrated(texts=None).fingerprint()
+    readings = Readings()
+    assert calibrated(texts=None, readings=readings).fingerprint() == alone
+    monkeypatch.setattr(sys.modules["kvfold.calibrate.calibrate"], "own_samples", lambda *told: pytest.fail("written again"))
+    assert calibrated(texts=None, readings=readings).fingerprint() == alone
 
 
 def test_what_is_written_tells_where_it_came_from() -> None:

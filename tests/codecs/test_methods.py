@@ -44,7 +44,7 @@ def test_sides_and_rope_follow_the_settings() -> None:
 
 
 @given(
-    name=st.sampled_from(["rvq", "rvq-paper"]),
+    name=st.sampled_from(["rvq", "rvq-post", "rvq-paper"]),
     bits=st.floats(0.3, 12),
     dim=st.sampled_from([16, 64, 80, 128]),
     group=st.sampled_from([1, 2, 8, 16]),
@@ -57,7 +57,7 @@ def test_bits_choose_the_most_stages_that_fit(name: str, bits: float, dim: int, 
         settings = resolve_settings(name, {**changes, "stages": stages, "extra_value_stages": extra}, dim)
         return sum(build_codec(name, side, dim, settings).bits_per_element for side in ("key", "value")) / 2
 
-    odd = name == "rvq"
+    odd = {"rvq": 1, "rvq-post": -1, "rvq-paper": 0}[name]
     if cost(1, 0) > bits:
         with pytest.raises(InputError, match="bits of at least"):
             resolve_settings(name, {**changes, "bits": bits}, dim)
@@ -66,7 +66,8 @@ def test_bits_choose_the_most_stages_that_fit(name: str, bits: float, dim: int, 
         stages, extra = chosen["stages"], chosen["extra_value_stages"]
         assert extra in (0, odd)
         assert cost(stages, extra) <= bits + 1e-9
-        assert cost(stages, 1) > bits if odd and not extra else cost(stages + 1, 0) > bits
+        low = min(stages, stages + extra)
+        assert cost(low, 1) > bits if odd and not extra else cost(low + 1, 0) > bits
 
 
 @pytest.mark.parametrize(
@@ -78,6 +79,8 @@ def test_bits_choose_the_most_stages_that_fit(name: str, bits: float, dim: int, 
         ("rvq", 3, 64, 11, 1),
         ("rvq", 4.0, 64, 15, 1),
         ("rvq", 2.125, 128, 8, 0),
+        ("rvq-post", 2.25, 64, 9, -1),
+        ("rvq-post", 3, 64, 12, -1),
         ("rvq-paper", 3.0, 64, 8, 0),
         ("rvq-paper", 2.875, 128, 8, 0),
     ],
@@ -111,6 +114,11 @@ BAD = {
 def test_bad_settings_are_refused_in_three_parts(case: str) -> None:
     with pytest.raises(InputError, match=r"expected .+; got .+; .+\."):
         resolve_settings(*BAD[case], 64)
+
+
+def test_no_stage_left_for_values_is_refused() -> None:
+    with pytest.raises(InputError, match="stages"):
+        build_codec("rvq-post", "value", 64, resolve_settings("rvq-post", {"stages": 1}, 64))
 
 
 def test_an_unknown_dtype_is_refused() -> None:

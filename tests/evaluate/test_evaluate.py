@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from tiny import tiny_codecs, tiny_model, tiny_tokenizer
 import kvfold
 from kvfold.calibrate.text import builtin_text
 from kvfold.evaluate import evaluate
+from kvfold.evaluate.exact import ExactModel
+from kvfold.integration.spec import decoder_of
 
 TEXT = builtin_text()[0][:2000]
 
@@ -18,7 +21,8 @@ TEXT = builtin_text()[0][:2000]
 def run(method: str = "rvq", family: str = "llama", **how) -> kvfold.evaluate.Evaluation:
     how = {"context": 64, "windows": 3, **how}
     changes = how.pop("changes", {})
-    return evaluate(tiny_model(family), tiny_tokenizer(), tiny_codecs(family, method, **changes), TEXT, quiet=True, **how)
+    model = how.pop("model", None) or tiny_model(family)
+    return evaluate(model, tiny_tokenizer(), tiny_codecs(family, method, **changes), TEXT, quiet=True, **how)
 
 
 def test_exact_perplexity_is_the_models_own_loss() -> None:
@@ -29,6 +33,24 @@ def test_exact_perplexity_is_the_models_own_loss() -> None:
     result = run()
     assert result.perplexity_exact == pytest.approx(math.exp(sum(losses) / 3), rel=1e-5)
     assert (result.tokens, result.windows) == (3 * 63, 3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])  # gemma2 caps its logits after the head
+def test_shared_passes_of_the_exact_model_change_nothing(family: str) -> None:
+    alone = run(family=family)
+    model = tiny_model(family)
+    shared = {"family": family, "model": model, "exact_model": ExactModel(model)}
+    first = run(**shared)
+    layer = decoder_of(model).layers[0]
+    exact_passes = []
+    undo = layer.register_forward_hook(lambda *told: exact_passes.append(True))
+    try:
+        second = run(**shared)
+    finally:
+        undo.remove()
+    assert replace(first, seconds=0) == replace(second, seconds=0) == replace(alone, seconds=0)
+    assert len(exact_passes) == 3  # the compressed model's alone, one a window
+    assert "forward" not in vars(decoder_of(model))
 
 
 def test_the_identity_codec_loses_nothing() -> None:

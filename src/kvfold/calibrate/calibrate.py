@@ -25,6 +25,7 @@ from kvfold.calibrate.blocks import train_blocks
 from kvfold.calibrate.distill import CONTEXT as CONTEXT_OF_A_STEP
 from kvfold.calibrate.distill import distill
 from kvfold.calibrate.ema import Ema, learn
+from kvfold.calibrate.readings import Readings
 from kvfold.calibrate.recipe import recipe_of
 from kvfold.calibrate.search import search
 from kvfold.calibrate.sources import Texts, sources_of
@@ -62,6 +63,7 @@ def calibrate(
     settings: dict[str, Any] | None = None,
     ema: Ema | None = None,
     checkpoint: str | Path | None = None,
+    readings: Readings | None = None,
     quiet: bool = False,
 ) -> CodecSet:
     """Fit a codec of method `codec` for every layer's keys and values.
@@ -79,6 +81,7 @@ def calibrate(
             Under torchrun, all processes share the work and return the same codecs.
         checkpoint: folder for the stages of a calibration that trains (`distill_steps`), in which an interrupted one goes on;
             it is removed at the end. For `ema` see there.
+        readings: of the same model, to share what is read of it with other calibrations.
         quiet: no progress on standard error.
 
     Raises:
@@ -92,8 +95,10 @@ def calibrate(
     text = "given" if texts is not None else "own samples" if ema is None else "builtin"
     blank = _blank(spec, codec, chosen, {"seed": seed, "text": text})
 
+    shared = readings or Readings()
+
     def fit(windows: list[Tensor]) -> CodecSet:
-        return _fit_windows(model, blank, windows, None if checkpoint is None else Path(checkpoint), quiet)
+        return _fit_windows(model, blank, windows, None if checkpoint is None else Path(checkpoint), shared, quiet)
 
     if ema is not None:
         sources = sources_of(builtin_text() if texts is None else texts)
@@ -101,7 +106,8 @@ def calibrate(
     if texts is None:
         _require_tokens(tokens)
         written = min(tokens, SAMPLE_TOKENS)  # no more than is sampled from them: writing is the slow part
-        return fit(own_samples(model, tokenizer, written, spec.max_positions, seed, quiet))
+        write = partial(own_samples, model, tokenizer, written, spec.max_positions, seed, quiet)
+        return fit(shared.get(("own samples", written), (), torch.Generator().manual_seed(seed), write))
     return fit(token_windows(tokenizer, texts, tokens, min(context, spec.max_positions)))
 
 
@@ -117,7 +123,9 @@ def _blank(spec: ModelSpec, method: str, settings: dict[str, Any], info: dict[st
     return CodecSet(method, settings, spec, keys, values, info)
 
 
-def _fit_windows(model: Any, blank: CodecSet, windows: list[Tensor], folder: Path | None, quiet: bool) -> CodecSet:
+def _fit_windows(
+    model: Any, blank: CodecSet, windows: list[Tensor], folder: Path | None, readings: Readings, quiet: bool
+) -> CodecSet:
     """Codecs like those of `blank`, fitted on the windows, and trained if their settings say so."""
     generator = torch.Generator().manual_seed(blank.info["seed"])
     steps = blank.settings.get("distill_steps", 0)
@@ -130,7 +138,7 @@ def _fit_windows(model: Any, blank: CodecSet, windows: list[Tensor], folder: Pat
         if not quiet:
             print(f"going on in {folder}: codecs are fitted, {stages.step} of {steps} steps are done", file=sys.stderr)
     else:
-        result = _fit_codecs(model, blank, windows, generator, quiet)
+        result = _fit_codecs(model, blank, windows, generator, readings, quiet)
         if blank.settings.get("train_steps"):
             result = train_blocks(model, result, windows, blank.settings["train_steps"], generator, quiet)
         if stages is not None:
@@ -156,14 +164,17 @@ def _within_budget(model: Any, blank: CodecSet, windows: list[Tensor], quiet: bo
     return replace(make(*best), info={**blank.info, **told})
 
 
-def _fit_codecs(model: Any, blank: CodecSet, windows: list[Tensor], generator: torch.Generator, quiet: bool) -> CodecSet:
+def _fit_codecs(
+    model: Any, blank: CodecSet, windows: list[Tensor], generator: torch.Generator, readings: Readings, quiet: bool
+) -> CodecSet:
     """Codecs like those of `blank`, fitted on the windows."""
     spec, method = blank.spec, blank.method
     total = sum(len(w) for w in windows)
     coded = [codec for codec in blank.keys if codec is not None]
     steps = blank.settings.get("distill_steps", 0)
-    read = _spread(windows, READ_TOKENS)
-    wants = frozenset().union(*(codec.wants for codec in (*blank.keys, *blank.values) if codec is not None))
+    both = [codec for codec in (*blank.keys, *blank.values) if codec is not None]
+    read = _spread(windows, READ_TOKENS if any(codec.learns for codec in both) else _TESTED)
+    wants = frozenset().union(*(codec.wants for codec in both))
     felt = [w[:_SENSITIVITY_CONTEXT] for w in _spread(read, 2 * SENSITIVITY_TOKENS)] if wants else []
     if not quiet:
         seen = sum(map(len, read))
@@ -172,8 +183,11 @@ def _fit_codecs(model: Any, blank: CodecSet, windows: list[Tensor], generator: t
         parts += [f"{2 * len(coded)} fits", f"{steps} steps of {CONTEXT_OF_A_STEP} tokens" if steps else ""]
         listed = ", then ".join(filter(None, parts))
         print(f"calibrating {method} on {total} tokens: {listed}; samples take {size / 2**20:.0f} MiB", file=sys.stderr)
-    cache = _collect(model, spec, read, coded[0].reads_positions, generator, quiet)
-    facts = facts_of(model, spec, wants, felt, coded[0].pre_rope, generator, quiet)
+    positions, pre_rope = coded[0].reads_positions, coded[0].pre_rope
+    collect = partial(_collect, model, spec, read, positions, generator, quiet)
+    cache = readings.get(("samples", positions), read, generator, collect)
+    measure = partial(facts_of, model, spec, wants, felt, pre_rope, generator, quiet)
+    facts = readings.get(("facts", wants, pre_rope), felt, generator, measure)
     return _fit(spec, cache, method, blank.settings, facts, generator, quiet)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kvfold.calibrate.calibrate import calibrate
+from kvfold.calibrate.readings import Readings
 from kvfold.calibrate.recipe import recipe_of
 from kvfold.codecs import resolve_settings
 from kvfold.codecs.artifact import CodecSet, load
@@ -22,6 +23,7 @@ def calibrate_or_load(
     seed: int,
     tokens: int,
     keep: Path | None,
+    readings: Readings,
     quiet: bool,
 ) -> CodecSet:
     """`kvfold.calibrate`, or the codecs that an earlier call with the same arguments left in the folder `keep` (None: none)."""
@@ -31,7 +33,7 @@ def calibrate_or_load(
         folder = keep / recipe_of(model, [codec, chosen, seed, tokens, texts])[:16]
         if folder.exists():
             return load(folder)
-    more: dict[str, Any] = {"tokens": tokens, "settings": settings, "quiet": quiet}
+    more: dict[str, Any] = {"tokens": tokens, "settings": settings, "readings": readings, "quiet": quiet}
     if folder is not None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         more["checkpoint"] = folder.with_name(folder.name + ".training")

@@ -80,9 +80,6 @@ def _residual(kind: type[ResidualCodec]) -> Callable[[Side, int, dict[str, Any],
         own = {field.name: settings[field.name] for field in fields(kind.settings_type) if field.name in settings}
         if side == "value":
             own["stages"] += settings["extra_value_stages"]
-            if own["stages"] < 1:
-                told = f"{settings['stages']} and extra_value_stages {settings['extra_value_stages']}"
-                raise InputError("at least 1 stage for values", told, "raise one of them")
         pre_rope = side == "key" and settings["rope"] == "pre"
         own |= {"grouping": settings[f"{side}_groups"], "pre_rope": pre_rope}
         own["center"] = bool(settings["center"]) and side == "key" and not pre_rope

@@ -141,6 +141,11 @@ class Codec(ABC):
         progress()
 
     @property
+    def learns(self) -> bool:
+        """Whether `fit` learns from samples."""
+        return type(self).fit is not Codec.fit
+
+    @property
     def fit_steps(self) -> int:
         """How often `fit` calls `progress`."""
         return 1

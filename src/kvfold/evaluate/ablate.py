@@ -15,6 +15,7 @@ from typing import Any
 
 from kvfold.calibrate.finetune import FinetuneSettings, finetune
 from kvfold.calibrate.kept import calibrate_or_load
+from kvfold.calibrate.readings import Readings
 from kvfold.calibrate.text import builtin_text
 from kvfold.codecs import Side, method
 from kvfold.codecs.artifact import CodecSet
@@ -159,12 +160,14 @@ def ablate(
         raise InputError("a residual codec, such as rvq-paper", repr(codec), "choose another --codec")
     eval_windows(tokenizer, text, context, windows, model_spec(model).max_positions)  # refused now, not after calibrating
     fitted: dict[str, CodecSet] = {}
+    readings = Readings()
     rows = []
     for variant in ABLATIONS[what][1]:
         chosen = {**(settings or {}), **variant.calibration}
         key = repr(sorted(chosen.items()))
         if key not in fitted:
-            fitted[key] = calibrate_or_load(model, tokenizer, calibration_text, codec, chosen, seed, tokens, keep, quiet)
+            common = (seed, tokens, keep, readings, quiet)
+            fitted[key] = calibrate_or_load(model, tokenizer, calibration_text, codec, chosen, *common)
         codecs = variant.change(fitted[key])
         with ExitStack() as undo:
             if variant.loss is not None:

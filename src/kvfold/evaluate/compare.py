@@ -17,11 +17,13 @@ from torch import Tensor
 from kvfold.bench.record import circumstances
 from kvfold.calibrate.calibrate import TOKENS
 from kvfold.calibrate.kept import calibrate_or_load
+from kvfold.calibrate.readings import Readings
 from kvfold.calibrate.recipe import recipe_of
 from kvfold.codecs import METHODS, resolve_settings
 from kvfold.codecs.artifact import CodecSet
 from kvfold.errors import InputError
 from kvfold.evaluate.evaluate import eval_windows, evaluate
+from kvfold.evaluate.exact import ExactModel
 from kvfold.evaluate.rows import Compared, Failed, KeptRows
 from kvfold.integration.capture import CaptureCache, capturing
 from kvfold.integration.models import input_device
@@ -84,10 +86,11 @@ def compare(
     told = [calibration_text, seed, tokens, text, sizes, str(model.dtype), input_device(model).type]
     kept = KeptRows(None if keep is None else keep / ROWS, recipe_of(model, told)[:16])
     folder = None if keep is None else keep / KEPT
+    readings, exact = Readings(), ExactModel(model)  # what rows have in common is done once
 
     def measured(name: str, method: str, settings: dict[str, Any]) -> Compared:
-        fitted = calibrate_or_load(model, tokenizer, calibration_text, method, settings, seed, tokens, folder, quiet)
-        result = evaluate(model, tokenizer, fitted, text, **sizes, quiet=quiet)
+        fitted = calibrate_or_load(model, tokenizer, calibration_text, method, settings, seed, tokens, folder, readings, quiet)
+        result = evaluate(model, tokenizer, fitted, text, **sizes, exact_model=exact, quiet=quiet)
         return Compared(name, method, settings, *_speeds(model, fitted, ids[0][:_TIMED_TOKENS]), result, circumstances())
 
     def tell(line: str) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kvfold.codecs.artifact import CodecSet
 from kvfold.errors import InputError
+from kvfold.evaluate.exact import ExactModel
 from kvfold.integration.attach import attach
 from kvfold.progress import Progress
 
@@ -69,9 +70,13 @@ def evaluate(
     windows: int = 8,
     sinks: int = 0,
     window: int = 0,
+    exact_model: ExactModel | None = None,
     quiet: bool = False,
 ) -> Evaluation:
     """Evaluate `codecs` on `text`.
+
+    Args:
+        exact_model: of the same model, to share its passes with other evaluations.
 
     Raises:
         InputError: empty text, fewer than 2 tokens a window, a context longer than the model's, codecs of another model.
@@ -79,6 +84,7 @@ def evaluate(
     ids = eval_windows(tokenizer, text, context, windows, codecs.spec.max_positions)
     start = time.monotonic()
     device = next(model.parameters()).device
+    exact_model = exact_model or ExactModel(model)
     loss = loss_exact = agreed = 0.0
     divergences = []
     training = model.training
@@ -87,7 +93,7 @@ def evaluate(
         with Progress("evaluating", len(ids), quiet) as step:
             for row in ids:
                 inputs = row[None].to(device)
-                exact = model(input_ids=inputs, use_cache=False).logits[0]
+                exact = exact_model.logits(inputs)
                 with attach(model, codecs, sinks=sinks, window=window, block=1) as attached:
                     coded = model(input_ids=inputs, use_cache=True).logits[0]
                     assert attached.cache is not None

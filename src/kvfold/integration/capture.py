@@ -66,11 +66,9 @@ class CaptureCache(StandInCache):
         self.keep = keep
 
     def samples(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values `[G, N, D]` float32 of `layer`; they are let go of, to save memory."""
+        """Keys and values `[G, N, D]` float32 of `layer`."""
         chosen: Any = self.layers[layer]
-        keys, values = torch.cat(chosen.sampled_keys, 1), torch.cat(chosen.sampled_values, 1)
-        chosen.sampled_keys, chosen.sampled_values = [], []
-        return keys, values
+        return torch.cat(chosen.sampled_keys, 1), torch.cat(chosen.sampled_values, 1)
 
     def place(self, layer: int, keys: Tensor) -> Tensor:
         """Keys before RoPE `[G, N, D]` of the sampled tokens of `layer`, rotated to their positions."""
