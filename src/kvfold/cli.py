@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from kvfold import __version__
 from kvfold.bench.attend import CONTEXTS as ATTEND_CONTEXTS
 from kvfold.bench.attend import ROPES
-from kvfold.bench.encode import BEAMS
+from kvfold.bench.encode import BEAMS, VECTORS
 from kvfold.bench.generate import CONTEXTS
 from kvfold.bench.record import RESULTS
 from kvfold.cache.cache import SINKS, WINDOW
@@ -280,8 +280,9 @@ def _bench_generate(parser: argparse.ArgumentParser) -> None:
 
 def _bench_attend(parser: argparse.ArgumentParser) -> None:
     default = ",".join(map(str, ATTEND_CONTEXTS))
-    about = f"keys in the cache (default {default})"
-    parser.add_argument("--contexts", type=_numbers, default=ATTEND_CONTEXTS, metavar="N,N", help=about)
+    about = f"keys in the cache (default {default}; on a GPU 1024 to 131072)"
+    parser.add_argument("--contexts", type=_numbers, metavar="N,N", help=about)
+    parser.add_argument("--batches", type=_numbers, metavar="N,N", help="rows of the cache, on a GPU (default 1,16)")
     about = "keys coded after RoPE, before it, both (default), or after it around a rotated center (center)"
     parser.add_argument("--rope", type=_names, default=ROPES, metavar="post,pre", dest="ropes", help=about)
     sizes = {"--heads": 32, "--kv-heads": 8, "--head-dim": 128, "--stages": 8, "--codebook-size": 256, "--group": 32}
@@ -299,7 +300,8 @@ def _bench_encode(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--beams", type=_numbers, default=BEAMS, metavar="N,N", help=f"widths of the search (default {default})"
     )
-    parser.add_argument("--vectors", type=_positive, default=8192, metavar="N", help="encoded in one call (default 8192)")
+    about = f"encoded in one call (default {VECTORS}; on a GPU 1048576)"
+    parser.add_argument("--vectors", type=_positive, metavar="N", help=about)
     for option, size in {"--group": 32, "--stages": 8, "--codebook-size": 256}.items():
         parser.add_argument(option, type=_positive, default=size, metavar="N", help=f"default {size}")
     parser.add_argument("--repeats", type=_positive, default=5, metavar="N", help="medians of so many runs (default 5)")
@@ -309,7 +311,7 @@ def _bench_encode(parser: argparse.ArgumentParser) -> None:
 
 
 def _backend(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backend", metavar="NAME", help="naive or cpu (default: KVFOLD_BACKEND, else the best there is)")
+    parser.add_argument("--backend", metavar="NAME", help="naive, cpu or gpu (default: KVFOLD_BACKEND, else the best there is)")
 
 
 def _protocol(parser: argparse.ArgumentParser) -> None:

@@ -14,6 +14,7 @@ from tiny import given, padded, random_ids, tiny_codecs, tiny_model
 from torch import Tensor
 
 import kvfold
+from kvfold.cache import layer as cache_layer
 from kvfold.compat import DynamicCache, output_cache
 
 SIZES = {"sinks": 2, "window": 5, "block": 3}
@@ -180,9 +181,12 @@ def test_outside_attach_the_cache_says_so() -> None:
         model(input_ids=random_ids(1, 5), **given(model, cache))
 
 
-def test_nan_is_refused_and_the_cache_stays_usable() -> None:
+@pytest.mark.parametrize("late", [False, True])  # True is how a GPU is asked, once a pass
+@pytest.mark.parametrize("window", [SIZES["window"], 35])
+def test_nan_is_refused_and_the_cache_stays_usable(late: bool, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_layer, "asks_late", lambda tensor: late)
     model = tiny_model("llama")
-    with kvfold.attach(model, tiny_codecs("llama"), **SIZES) as attached, torch.no_grad():
+    with kvfold.attach(model, tiny_codecs("llama"), **{**SIZES, "window": window}) as attached, torch.no_grad():
         cache = attached.new_cache()
         inputs = prefill(model, cache)
         before = contents(cache)

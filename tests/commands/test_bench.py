@@ -68,6 +68,8 @@ def test_bench_encode_measures_every_beam(run: Callable[..., Ran]) -> None:
         (["attend", "--head-dim", "48"], "head-dim of group"),
         (["attend", "--rope", "middle"], "rope pre, post or center"),
         (["attend", "--backend", "fpga"], "fpga"),
+        (["attend", "--batches", "1,4"], "--batches with a GPU"),
+        (["attend", "--device", "meta", "--plot", "x.png"], "--plot with the CPU"),
         (["encode", "--backend", "fpga"], "fpga"),
         (["encode", "--beams", "0"], "at least 1"),
     ],

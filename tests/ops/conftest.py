@@ -1,10 +1,15 @@
-"""Every law of an op runs for every backend there is, the native one once an instruction set."""
+"""Every law of an op runs for every backend there is, the native one once an instruction set, Triton's in its interpreter."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
 
 from kvfold import ops
 from kvfold.ops import native
@@ -17,4 +22,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     name, isa = request.param
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KVFOLD_CPU_ISA", isa)
-        yield name
+        if name == "gpu" and torch.cuda.is_available():  # what tests make, they make there
+            with torch.device("cuda"):
+                yield name
+        else:
+            yield name

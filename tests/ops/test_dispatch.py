@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from kvfold import ops
 from kvfold.errors import InputError
+from kvfold.ops import dispatch, native
 from kvfold.ops.attend import naive as naive_attend
 from kvfold.ops.decode import naive as naive_decode
 from kvfold.ops.encode import naive as naive_encode
@@ -15,7 +17,7 @@ NAIVE = {
     "attend_exact": naive_attend.attend_exact,
 }
 OPS = pytest.mark.parametrize("op", NAIVE)
-MISSING = {"cpu": "native CPU ops", "gpu": "Triton", "fpga": "no backend of that name"}
+MISSING = {"cpu": "native CPU ops", "gpu": "Triton|CUDA", "fpga": "no backend of that name"}
 MISSING = {name: why for name, why in MISSING.items() if name not in ops.available_backends()}
 
 
@@ -40,7 +42,7 @@ def test_a_forced_backend_that_is_missing_raises_and_says_why(op: str, name: str
 def test_the_argument_goes_before_the_environment(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVFOLD_BACKEND", "fpga")
     assert ops.select(op, "naive") is NAIVE[op]
-    assert ops.select(op, "auto") is ops.select(op, ops.available_backends()[-1])
+    assert ops.select(op, "auto") is ops.select(op, "cpu" if native.available_isas() else "naive")
 
 
 @OPS
@@ -50,3 +52,24 @@ def test_without_a_choice_the_best_there_is_runs(op: str, value: str | None, mon
     if value is not None:
         monkeypatch.setenv("KVFOLD_BACKEND", value)
     assert ops.select(op) is ops.select(op, "auto")
+
+
+@OPS
+def test_a_backend_for_another_device_is_refused(op: str) -> None:
+    if native.available_isas():
+        with pytest.raises(InputError, match="does not run on cuda"):
+            ops.select(op, "cpu", "cuda")
+
+
+@OPS
+def test_triton_is_not_chosen_for_the_cpu_and_says_what_is_missing(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KVFOLD_BACKEND", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "gpu" not in ops.available_backends()
+    with pytest.raises(InputError, match=r"expected .+; got 'gpu' \(there is no (CUDA device|Triton)"):
+        ops.select(op, "gpu")
+    dispatch._automatic.cache_clear()
+    assert ops.select(op, None, "cuda") is NAIVE[op]
+    dispatch._automatic.cache_clear()
+    assert ops.select(op, None, "mps") is NAIVE[op]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from reference import residual_codes
 from small import fit, samples
@@ -82,6 +82,7 @@ def test_codes_do_not_depend_on_how_rows_are_blocked(backend: str, beam: int, mo
 
 @given(size=st.integers(2, 4), stages=st.integers(1, 3), dim=st.integers(1, 4), seed=st.integers(0, 999))
 def test_a_beam_that_holds_everything_is_exhaustive_search(backend: str, size: int, stages: int, dim: int, seed: int) -> None:
+    assume(backend != "gpu" or size**stages <= 16)  # no wider beam there
     torch.manual_seed(seed)
     rows, tables = integers(6, dim), integers(stages, size, dim)
     combinations = torch.cartesian_prod(*[torch.arange(size)] * stages).view(-1, stages)

@@ -59,11 +59,7 @@ def bench_attend(
     Raises:
         InputError: sizes that do not fit together, or no native ops to read memory with.
     """
-    if heads % kv_heads or head_dim % group:
-        raise InputError("heads a multiple of kv-heads, head-dim of group", f"{heads}/{kv_heads}, {head_dim}/{group}", "change")
-    unknown = [rope for rope in ropes if rope not in _KNOWN]
-    if unknown:
-        raise InputError("rope pre, post or center", repr(unknown[0]), "choose among these")
+    check_sizes(heads, kv_heads, head_dim, group, ropes)
     reader = native.module()
     results = []
     with Progress("bench attend", len(contexts) * len(ropes), quiet) as step, torch.no_grad():
@@ -71,9 +67,10 @@ def bench_attend(
             for rope in ropes:
                 torch.manual_seed(seed)
                 key, value = (
-                    _coded(kv_heads, context, head_dim, stages, codebook_size, group, strided) for strided in (True, False)
+                    random_codes(kv_heads, context, head_dim, stages, codebook_size, group, strided)
+                    for strided in (True, False)
                 )
-                rotation = None if rope == "post" else _rotation(context, head_dim)
+                rotation = None if rope == "post" else random_rotation(context, head_dim)
                 if rope == "center":
                     key = key._replace(center=torch.randn(kv_heads, head_dim))
                 query = torch.randn(1, heads, 1, head_dim)
@@ -83,6 +80,15 @@ def bench_attend(
                 results.append({"context": context, "rope": rope, **result, **sizes})
                 step()
     return results
+
+
+def check_sizes(heads: int, kv_heads: int, head_dim: int, group: int, ropes: Sequence[str]) -> None:
+    """InputError for sizes that do not fit together, or an unknown `rope`."""
+    if heads % kv_heads or head_dim % group:
+        raise InputError("heads a multiple of kv-heads, head-dim of group", f"{heads}/{kv_heads}, {head_dim}/{group}", "change")
+    unknown = [rope for rope in ropes if rope not in _KNOWN]
+    if unknown:
+        raise InputError("rope pre, post or center", repr(unknown[0]), "choose among these")
 
 
 def _measure(
@@ -142,21 +148,24 @@ def _measure(
     }
 
 
-def _coded(kv_heads: int, tokens: int, head_dim: int, stages: int, size: int, group: int, strided: bool) -> ops.Coded:
+def random_codes(
+    kv_heads: int, tokens: int, head_dim: int, stages: int, size: int, group: int, strided: bool, batch: int = 1
+) -> ops.Coded:
+    """Codes of `batch` rows of `tokens` tokens on the default device, codebooks shared by all heads."""
     groups = head_dim // group
     deviation = 0.8 ** torch.arange(stages)
     deviation = deviation / deviation.norm()
     codebooks = (torch.randn(stages, size, group) * deviation[:, None, None]).half()
     book = torch.arange(stages).view(-1, 1, 1).expand(-1, kv_heads, groups).contiguous()
     bits = (size - 1).bit_length()
-    packed = pack(torch.randint(size, (1, kv_heads, tokens, stages * groups), dtype=torch.int32), bits)
-    scale = (torch.rand(1, kv_heads, tokens, 1) * 0.4 + 0.8).half()
+    packed = pack(torch.randint(size, (batch, kv_heads, tokens, stages * groups), dtype=torch.int32), bits)
+    scale = (torch.rand(batch, kv_heads, tokens, 1) * 0.4 + 0.8).half()
     order = torch.arange(head_dim)
     channels = order.view(group, groups).T.contiguous() if strided else order.view(groups, group)
     return ops.Coded(packed, scale, codebooks, book, channels, bits)
 
 
-def _rotation(tokens: int, head_dim: int) -> ops.Rotation:
+def random_rotation(tokens: int, head_dim: int) -> ops.Rotation:
     """RoPE of base 500,000 (Llama 3) at positions 0, 1, 2, ..."""
     half = head_dim // 2
     return ops.Rotation(torch.arange(tokens, dtype=torch.int32)[None], 5e5 ** -(torch.arange(half) / half), 1.0, False)

@@ -20,12 +20,13 @@ from kvfold.ops import native
 from kvfold.progress import Progress
 
 BEAMS = (1, 4, 16)
+VECTORS = 8192
 
 
 def bench_encode(
     beams: Sequence[int] = BEAMS,
     *,
-    vectors: int = 8192,
+    vectors: int = VECTORS,
     group: int = 32,
     stages: int = 8,
     codebook_size: int = 256,

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import LongTensor, Tensor
 
 from kvfold.cache.layer import CodedLayer
 from kvfold.cache.positions import Positions
 from kvfold.codecs.artifact import CodecSet
+from kvfold.codecs.base import non_finite
 from kvfold.compat import Cache, dense_layers
 from kvfold.errors import CacheFullError, InputError
 
@@ -179,7 +181,18 @@ class CompressedCache(Cache):
         return total * batch
 
     def end(self, failed: bool) -> None:
-        """The forward pass is over; if it failed midway, the layers forget what it stored."""
+        """The forward pass is over; if it failed midway, the layers forget what it stored.
+
+        Raises:
+            InputError: NaN or Inf in keys or values, where layers did not tell it themselves; it counts as failed.
+        """
+        flags = [layer.finite for layer in self.coded_layers if layer.finite is not None]
+        refused = not failed and bool(flags) and not bool(torch.stack(flags).all())
+        self._end(failed or refused)
+        if refused:
+            raise non_finite()
+
+    def _end(self, failed: bool) -> None:
         for layer in self.coded_layers:
             layer.end_pass(failed)
         if failed:

@@ -77,6 +77,7 @@ class CodedLayer(CacheLayerMixin):
         self._tail_start = self.sinks  # slot of the first token of the tail
         self._inv_freq: list[Tensor] = []
         self._undo: tuple[int, int, int, dict[str, Tensor]] | None = None
+        self.finite: Tensor | None = None  # of this pass, where it is not asked for at once
 
     # -- what transformers calls -------------------------------------------------------------------------------------
 
@@ -102,7 +103,9 @@ class CodedLayer(CacheLayerMixin):
                 f"{heads} of dim {dim}",
                 "use the codec with the model it was calibrated for",
             )
-        if not _finite(key_states, value_states):
+        if asks_late(key_states):
+            self.finite = torch.isfinite(key_states).all() & torch.isfinite(value_states).all()
+        elif not _finite(key_states, value_states):
             raise non_finite()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -195,7 +198,7 @@ class CodedLayer(CacheLayerMixin):
         if failed and self._undo is not None:
             self.length, coded, self._tail_start, self.exact = self._undo
             self.past.crop(coded - self.sinks)
-        self._undo = None
+        self._undo = self.finite = None
 
     def nbytes(self) -> dict[str, int]:
         """Bytes of the tokens alive, by kind: the codes' fields, and "exact" for uncompressed tokens."""
@@ -295,6 +298,11 @@ class CodedLayer(CacheLayerMixin):
     def _rotation(self, start: int, stop: int, regime: int) -> ops.Rotation:
         positions = self._positions.slots(start, stop)
         return ops.Rotation(positions, self._inv_freq[regime], self._factor, self._interleaved)
+
+
+def asks_late(tensor: Tensor) -> bool:
+    """Whether looking at a number would make the host wait for a device, so that a pass looks once, at its end."""
+    return tensor.is_cuda
 
 
 def _finite(*tensors: Tensor) -> bool:

@@ -68,13 +68,14 @@ class Codec(ABC):
         """Codes of `x [B, G, T, D]`.
 
         Raises:
-            InputError: NaN or Inf in `x`, another head dim than the codec's, or tokens that fill no whole number of blocks.
+            InputError: NaN or Inf in `x` (not asked for on a GPU, which would have to be waited for: the cache asks once a
+                pass), another head dim than the codec's, or tokens that fill no whole number of blocks.
         """
         if x.shape[-1] != self.head_dim:
             raise InputError(f"head dim {self.head_dim}", f"{x.shape[-1]}", "use the codec with the model it was made for")
         if x.shape[2] % self.block:
             raise InputError(f"a multiple of {self.block} tokens", f"{x.shape[2]}", "keep the others until their block is full")
-        if not bool(torch.isfinite(x).all()):
+        if not x.is_cuda and not bool(torch.isfinite(x).all()):
             raise non_finite()
         return self._encode(x.float())
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from kvfold.bench import bench_attend, bench_encode, bench_generate
+from kvfold.bench.attend import CONTEXTS
+from kvfold.bench.encode import VECTORS
 from kvfold.bench.plot import plot_times
 from kvfold.codecs.artifact import load
 from kvfold.commands.common import (
@@ -16,6 +19,7 @@ from kvfold.commands.common import (
     record_if_asked,
     table,
 )
+from kvfold.errors import InputError
 
 
 def bench_generation(args: argparse.Namespace) -> None:
@@ -60,7 +64,12 @@ def bench_attention(args: argparse.Namespace) -> None:
     check_outputs(args, "bench-attend")
     prepare(args)
     sizes = {name: getattr(args, name) for name in ("heads", "kv_heads", "head_dim", "stages", "codebook_size", "group")}
-    contexts = sorted(set(args.contexts))
+    if args.device != "cpu":
+        _attention_on_gpu(args, sizes)
+        return
+    if args.batches is not None:
+        raise InputError("--batches with a GPU", f"--device {args.device}", "leave it out, or add --device cuda")
+    contexts = sorted(set(args.contexts or CONTEXTS))
     results = bench_attend(contexts, args.ropes, repeats=args.repeats, seed=args.seed, backend=args.backend, **sizes)
     rows = [["context", "keys", "kvfold", "sdpa bf16", "matmul bf16", "read bf16", "read codes", "speed-up", "error"]]
     for one in results:
@@ -81,11 +90,37 @@ def bench_attention(args: argparse.Namespace) -> None:
         picture(lambda: plot_times(panels, contexts, Path(args.plot)), Path(args.plot))
 
 
+def _attention_on_gpu(args: argparse.Namespace, sizes: dict[str, Any]) -> None:
+    from kvfold.bench.gpu import BATCHES, bench_attend_gpu
+    from kvfold.bench.gpu import CONTEXTS as LONGER
+
+    if args.plot:
+        raise InputError("--plot with the CPU", f"--device {args.device}", "leave it out; --json has the figures")
+    contexts, batches = sorted(set(args.contexts or LONGER)), args.batches or BATCHES
+    how = {"repeats": args.repeats, "seed": args.seed, "backend": args.backend, "device": args.device}
+    results = bench_attend_gpu(contexts, batches, args.ropes, **how, **sizes)
+    fields = ("kvfold_ms", "sdpa_bf16_ms", "fp8_ms", "kivi2_ms", "floor_bytes_ms", "floor_operations_ms")
+    heads = ["kvfold", "sdpa bf16", "fp8", "kivi 2 bits", "floor, bytes", "floor, products"]
+    rows = [["context", "batch", "keys", *heads, "speed-up", "GB/s", "error"]]
+    for one in results:
+        times = ["-" if one[field] is None else f"{one[field]:.3f}" for field in fields]
+        last = [f"{one['speedup']:.2f}", f"{one['codes_gb_per_s']:.0f}", f"{one['max_rel_error']:.1e}"]
+        rows.append([str(one["context"]), str(one["batch"]), f"{one['rope']}-RoPE", *times, *last])
+    first = results[0]
+    head = f"milliseconds, {first['device']}, copies at {first['copy_gb_per_s']:.0f} GB/s; speed-up over SDPA in bfloat16"
+    emit(args, results, f"{head}\n{table(rows)}")
+    record_if_asked(args, "bench-attend", {"results": results})
+
+
 def bench_encoding(args: argparse.Namespace) -> None:
     """`kvfold bench encode`."""
     check_outputs(args, "bench-encode")
     prepare(args)
-    sizes = {name: getattr(args, name) for name in ("vectors", "group", "stages", "codebook_size")}
+    sizes = {name: getattr(args, name) for name in ("group", "stages", "codebook_size")}
+    if args.device != "cpu":
+        _encoding_on_gpu(args, sizes)
+        return
+    sizes["vectors"] = args.vectors or VECTORS
     results = bench_encode(args.beams, repeats=args.repeats, seed=args.seed, backend=args.backend, **sizes)
     rows = [["beam", "kvfold", "faiss", "vector-quantize-pytorch", "over faiss", "equal codes"]]
     for one in results:
@@ -96,3 +131,23 @@ def bench_encoding(args: argparse.Namespace) -> None:
     first = results[0]
     emit(args, results, f"vectors a second, {first['threads']} threads, {first['isa']}\n{table(rows)}")
     record_if_asked(args, "bench-encode", {"results": results})
+
+
+def _encoding_on_gpu(args: argparse.Namespace, sizes: dict[str, Any]) -> None:
+    from kvfold.bench.gpu import VECTORS as MORE
+    from kvfold.bench.gpu import bench_encode_gpu, bench_prefill_gpu
+
+    how = {"repeats": args.repeats, "seed": args.seed, "backend": args.backend, "device": args.device}
+    results = bench_encode_gpu(args.beams, vectors=args.vectors or MORE, **how, **sizes)
+    rows = [["beam", "kvfold", "plain PyTorch", "floor, products", "floor, bytes", "equal codes"]]
+    for one in results:
+        times = [f"{one[name]:.3f}" for name in ("kvfold_ms", "naive_ms", "floor_operations_ms", "floor_bytes_ms")]
+        rows.append([str(one["beam"]), *times, f"{one['equal_codes']:.4f}"])
+    prefill = bench_prefill_gpu(device=args.device, seed=args.seed)
+    told = (
+        f"a layer of Llama 3 8B's shape reads {prefill['tokens']} tokens in {prefill['layer_ms']:.2f} ms; coding its keys and "
+        f"values takes {prefill['encode_ms']:.2f} ms, {prefill['share']:.1%} of that"
+    )
+    head = f"milliseconds for {results[0]['vectors']:,} vectors, {results[0]['device']}"
+    emit(args, {"encode": results, "prefill": prefill}, f"{head}\n{table(rows)}\n\n{told}")
+    record_if_asked(args, "bench-encode", {"results": results, "prefill": prefill})

@@ -1,15 +1,20 @@
 """Which backend runs an op: an argument, else `KVFOLD_BACKEND`, else the best there is for the tensors' device.
 
-A forced backend that is missing raises and says why; falling back to plain PyTorch by itself is logged once. There is one
-switch for all ops.
+`naive` is plain PyTorch on any device, `cpu` is C++, `gpu` is Triton for CUDA devices; in Triton's interpreter
+(`TRITON_INTERPRET=1`) that runs on a CPU too, slowly and only where asked for. A forced backend that is missing raises and says
+why; falling back to plain PyTorch by itself is logged once. There is one switch for all ops.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import logging
 import os
 from collections.abc import Callable
 from functools import cache
+
+import torch
 
 from kvfold.errors import InputError
 from kvfold.ops import native
@@ -38,23 +43,25 @@ _BACKENDS: dict[str, dict[str, Callable]] = {
 
 def available_backends() -> list[str]:
     """Names of the backends that can run here."""
-    return [name for name in _BACKENDS if _missing(name) is None]
+    return [name for name in (*_BACKENDS, "gpu") if _missing(name) is None]
 
 
 def select(op: str, backend: str | None = None, device: str = "cpu") -> Callable:
     """The function of `op` ("encode", "decode", "attend", "attend_exact") for tensors on a device of that type.
 
     Raises:
-        InputError: the backend asked for, or named by `KVFOLD_BACKEND`, is unknown or missing.
+        InputError: the backend asked for, or named by `KVFOLD_BACKEND`, is unknown, missing or for another device.
     """
     name = backend or os.environ.get("KVFOLD_BACKEND") or "auto"
     if name == "auto":
-        name = _automatic() if device == "cpu" else "naive"
+        name = _automatic(device) if device in ("cpu", "cuda") else "naive"
     why = _missing(name)
+    if why is None and (name, device) in (("cpu", "cuda"), ("gpu", "cpu")) and not (name == "gpu" and _interpreted()):
+        why = f"which does not run on {device}"
     if why is not None:
         known = ", ".join(available_backends())
         raise InputError(f"a backend among auto, {known}", f"{name!r} ({why})", "unset KVFOLD_BACKEND or choose another")
-    return _BACKENDS[name][op]
+    return (_gpu() if name == "gpu" else _BACKENDS[name])[op]
 
 
 def _missing(name: str) -> str | None:
@@ -62,13 +69,29 @@ def _missing(name: str) -> str | None:
     if name == "cpu":
         return None if native.available_isas() else native.MISSING
     if name == "gpu":
-        return "this version of kvfold has no Triton ops"
+        if importlib.util.find_spec("triton") is None:
+            return "there is no Triton: pip install kvfold[gpu]"
+        return None if torch.cuda.is_available() or _interpreted() else "there is no CUDA device"
     return None if name in _BACKENDS else "there is no backend of that name"
 
 
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 @cache
-def _automatic() -> str:
-    if native.available_isas():
-        return "cpu"
-    logging.getLogger("kvfold").warning("%s. Until then everything runs as plain PyTorch, slowly.", native.MISSING)
+def _gpu() -> dict[str, Callable]:
+    """Imported when first needed: Triton takes a second, and has to know by then whether it is to interpret."""
+    encode, decode, attend = (importlib.import_module(f"kvfold.ops.{op}.gpu") for op in ("encode", "decode", "attend"))
+    found = {"encode": encode.encode, "decode": decode.decode, "attend": attend.attend}
+    return {**found, "attend_exact": naive_attend.attend_exact}  # exact tokens are few: PyTorch's own products
+
+
+@cache
+def _automatic(device: str) -> str:
+    best = "gpu" if device == "cuda" else "cpu"
+    why = _missing(best)
+    if why is None:
+        return best
+    logging.getLogger("kvfold").warning("%s. Until then everything runs as plain PyTorch, slowly.", why)
     return "naive"
