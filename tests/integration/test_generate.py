@@ -51,6 +51,19 @@ def test_identity_gives_the_stock_text(family: str, way: str) -> None:
     assert got.tolist() == want.tolist()
 
 
+@pytest.mark.parametrize("method", ["rvq", "rvq-post", "kivi"])
+def test_inference_mode_changes_nothing(method: str) -> None:
+    """Tensors made there do not count what is written to them; codecs that a first pass there makes ready serve later ones."""
+    model, codecs, inputs = tiny_model("llama"), tiny_codecs("llama", method), prompts("greedy")
+    with kvfold.attach(model, codecs, **SIZES):
+        want = run(model, inputs, WAYS["greedy"])
+    with torch.inference_mode(), kvfold.attach(model, tiny_codecs("llama", method), **SIZES):
+        first = run(model, inputs, WAYS["greedy"])
+    with kvfold.attach(model, codecs, **SIZES):
+        again = run(model, inputs, WAYS["greedy"])
+    assert first.tolist() == again.tolist() == want.tolist()
+
+
 @pytest.mark.parametrize("method", ["rvq", "kivi"])
 @pytest.mark.parametrize("way", ["prompt lookup", "assistant"])
 def test_assisted_decoding_on_codes_equals_greedy_on_codes(way: str, method: str) -> None:

@@ -168,6 +168,17 @@ class Codec(ABC):
         """The codec with its tensors on `device`."""
         return type(self).restore(self.head_dim, self.settings(), {k: v.to(device) for k, v in self.tensors().items()})
 
+    def for_heads(self, start: int, stop: int) -> Self:
+        """The codec of KV heads `start..stop-1` alone, for a process that holds only these.
+
+        Raises:
+            InputError: what was learned cannot be told apart by heads.
+        """
+        if self.tensors():
+            fix = "run in one process, or serve with rvq"
+            raise InputError("a codec that can be split by heads", self.kind, fix)
+        return self
+
     def coded(self, codes: Codes) -> ops.Coded | None:
         """The codes as operands of the fused `ops.attend`, or None if the method has no fused op."""
         return None

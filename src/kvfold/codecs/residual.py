@@ -35,6 +35,7 @@ from kvfold.codecs.kmeans import kmeans
 from kvfold.codes import Codes
 from kvfold.errors import InputError
 from kvfold.ops.encode.naive import nearest
+from kvfold.ops.native import version
 from kvfold.packing import pack, pack_scale, packed_bytes, unpack, unpack_scale
 
 _GROUPINGS = ("strided", "contiguous")
@@ -204,11 +205,11 @@ class ResidualCodec(Codec):
         """Codebooks and book of the search: with weights, every (stage, head, group) has its own, `codewords @ weights`."""
         if self.weights is None:
             return self.codebooks, self.book
-        if self._searched is None or self._searched[0] != self.codebooks._version:
+        if self._searched is None or self._searched[0] != version(self.codebooks):
             codewords = self.codebooks.detach().float()[self.book]  # [S, G, P, C, d]
             weighted = torch.einsum("sgpcd,gpde->sgpce", codewords, self.weights.float())
             own = torch.arange(self.book.numel(), device=self.book.device).view(self.book.shape)
-            self._searched = self.codebooks._version, weighted.flatten(0, 2).half(), own
+            self._searched = version(self.codebooks), weighted.flatten(0, 2).half(), own
         return self._searched[1:]
 
     def decode(self, codes: Codes) -> Tensor:
@@ -270,12 +271,17 @@ class ResidualCodec(Codec):
         """
         if not 1 <= stages <= self._settings.stages:
             raise InputError(f"1 to {self._settings.stages} stages", str(stages), "choose a number in that range")
-        book = self.book[:stages]
-        used = torch.unique(book)  # sorted; codebooks of dropped stages are dropped
+        return self._with_tensors({**self.tensors(), **self._used(self.book[:stages])}, stages=stages)
+
+    def for_heads(self, start: int, stop: int) -> Self:
+        own = {name: tensor[start:stop] for name, tensor in self.tensors().items() if name in ("weights", "center")}
+        return self._with_tensors({**own, **self._used(self.book[:, start:stop])})
+
+    def _used(self, book: Tensor) -> dict[str, Tensor]:
+        """The codebooks that `book` names, without the others, and `book` for these."""
+        used = torch.unique(book)  # sorted
         tables = self._stored(self.codebooks.float()[used])
-        return self._with_tensors(
-            {**self.tensors(), "codebooks": tables, "book": torch.searchsorted(used, book)}, stages=stages
-        )
+        return {"codebooks": tables, "book": torch.searchsorted(used, book.contiguous())}
 
     @property
     def levels(self) -> int:

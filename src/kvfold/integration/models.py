@@ -37,7 +37,7 @@ def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> tuple[
     """
     if device == AUTO and importlib.util.find_spec("accelerate") is None:
         raise InputError("the package accelerate, for --device auto", "no such package", "pip install accelerate")
-    folder = _resolve(name)
+    folder = model_folder(name)
     placed = {"device_map": AUTO} if device == AUTO else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -66,7 +66,7 @@ def reduced_precision(model: Any) -> AbstractContextManager[Any]:
 
 def load_config(name: str) -> Any:
     """The model's config, without its weights."""
-    return AutoConfig.from_pretrained(_resolve(name))
+    return AutoConfig.from_pretrained(model_folder(name))
 
 
 def cache_folder() -> Path:
@@ -75,7 +75,8 @@ def cache_folder() -> Path:
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kvfold"
 
 
-def _resolve(name: str) -> str:
+def model_folder(name: str) -> str:
+    """What transformers loads as the model called `name`: a folder if it is an alias or a .gguf file, which is converted."""
     if name in _ALIASES:
         return str(_converted(_shipped_gguf(name)))
     if name.endswith(".gguf"):

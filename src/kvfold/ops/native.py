@@ -74,23 +74,28 @@ def array(tensor: Tensor) -> Any:
     return torch.utils.dlpack.to_dlpack(tensor.detach())
 
 
+def version(tensor: Tensor) -> int:
+    """How often `tensor` was written to; 0 for one made in `torch.inference_mode()`, which does not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def books(codebooks: Tensor, book: Tensor, channels: Tensor | None = None) -> Any:
     """Codebooks made ready, once for as long as the tensor `codebooks` lives and is not written to.
 
     `channels` are needed by attention; encoding and decoding know none.
     """
     native = module()
-    known = _ready.setdefault(codebooks, [])
-    for version, other_book, other_channels, other_module, ready in known:
-        same = version == codebooks._version and other_module is native and _equal(other_book, book)
+    known, now = _ready.setdefault(codebooks, []), version(codebooks)
+    for then, other_book, other_channels, other_module, ready in known:
+        same = then == now and other_module is native and _equal(other_book, book)
         if same and (channels is None or (other_channels is not None and _equal(other_channels, channels))):
             return ready
     order = torch.arange(book.shape[2] * codebooks.shape[2]).view(book.shape[2], -1) if channels is None else channels
     table = codebooks.detach().float().contiguous()
     ready = native.make_books(array(table), *(array(part.to(torch.int64).contiguous()) for part in (book, order)))
     # Those that know channels serve every op, so what was made without (encoding comes first) is let go of.
-    known[:] = [entry for entry in known if entry[0] == codebooks._version and entry[2] is not None]
-    known.append((codebooks._version, book, channels, native, ready))
+    known[:] = [entry for entry in known if entry[0] == now and entry[2] is not None]
+    known.append((now, book, channels, native, ready))
     return ready
 
 

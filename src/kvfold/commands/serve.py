@@ -1,0 +1,37 @@
+"""`kvfold serve`: vLLM's own server, told of a codec."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+
+from kvfold.commands.common import chosen_codecs
+from kvfold.errors import InputError
+from kvfold.integration.models import model_folder
+
+
+def serve(args: argparse.Namespace) -> None:
+    """`kvfold serve`: this process becomes vLLM's, so signals and exit status are its.
+
+    Raises:
+        InputError: no vLLM, no such codec or model file.
+    """
+    chosen_codecs(args)
+    command = command_line(args)
+    if importlib.util.find_spec("vllm") is None:
+        raise InputError("the package vllm", "no such package", "pip install kvfold[vllm], or for the CPU see docs/serving.md")
+    print(f"kvfold: {' '.join(command)}", file=sys.stderr, flush=True)
+    os.execv(sys.executable, command)
+
+
+def command_line(args: argparse.Namespace) -> list[str]:
+    """vLLM's command."""
+    told = {"codec": str(Path(args.codec).resolve()), **{key: int(value) for key, value in dict(args.changes).items()}}
+    device = [] if args.device == "cpu" else ["--attention-backend", "CUSTOM"]
+    more = ["--additional-config", json.dumps({"kvfold": told})]
+    vllm = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model_folder(args.model)]
+    return [*vllm, "--dtype", args.dtype, *device, *more, *args.options]

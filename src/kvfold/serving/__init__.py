@@ -1,0 +1,1 @@
+"""kvfold inside serving engines."""

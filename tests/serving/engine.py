@@ -1,0 +1,30 @@
+"""A vLLM engine in a process of its own: a request as JSON on standard input, its answer the last line of standard output."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+
+def main() -> None:
+    from vllm import LLM, SamplingParams
+
+    request = json.load(sys.stdin)
+    llm = LLM(**request["engine"])
+    params = SamplingParams(temperature=0, max_tokens=request["tokens"], ignore_eos=True)
+    prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
+    start = time.perf_counter()
+    rounds = [llm.generate(prompts, params, use_tqdm=False) for _ in range(request.get("rounds", 1))]
+    seconds = time.perf_counter() - start
+    cache = llm.llm_engine.vllm_config.cache_config
+    answer = {
+        "tokens": [[list(one.outputs[0].token_ids) for one in outputs] for outputs in rounds],
+        "capacity": cache.num_gpu_blocks * cache.block_size,
+        "seconds": seconds,
+    }
+    print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":  # vLLM starts its workers by spawning
+    main()
