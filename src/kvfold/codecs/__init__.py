@@ -180,7 +180,7 @@ METHODS: dict[str, Method] = {
     "rvq-post": Method(
         "rvq of keys after RoPE around a rotated center, for faster attention",
         f"kvfold; {_SOURCE}",
-        {**_RVQ, "rope": "post", "beam": 8, "stages": 9, "extra_value_stages": -1},
+        {**_RVQ, "rope": "post", "beam": 8, "stages": 9, "extra_value_stages": -1, "distill_steps": 200},
         _residual(ResidualCodec),
     ),
     "rvq-paper": Method("residual VQ, 8 stages of 2048 codewords, greedy", _SOURCE, _PAPER, _residual(ResidualCodec)),
