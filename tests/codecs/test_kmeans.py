@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvfold.codecs.kmeans import kmeans
+from kvfold.codecs.kmeans import kmeans, nearest
 from kvfold.errors import InputError
-from kvfold.ops.encode.naive import nearest
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvfold import ops
 from kvfold.errors import InputError
-from kvfold.ops.encode.naive import nearest
 
 
 def kmeans(rows: Tensor, size: int, generator: torch.Generator, iterations: int = 10) -> Tensor:
@@ -40,3 +40,9 @@ def kmeans(rows: Tensor, size: int, generator: torch.Generator, iterations: int 
             error = (rows - codebook[index]).square().sum(1)
             codebook[empty] = rows[error.topk(len(empty)).indices]
     return codebook
+
+
+def nearest(rows: Tensor, codebook: Tensor) -> Tensor:
+    """Index of the codeword of `codebook [C, d]` nearest to each of `rows [N, d]`, int64 `[N]`; ties go to the lowest."""
+    book = torch.zeros(1, 1, 1, dtype=torch.int64, device=rows.device)
+    return ops.encode(rows[None, None, :, None], codebook[None], book)[0, 0, :, 0, 0].long()

@@ -31,10 +31,9 @@ from torch import Tensor
 
 from kvfold import ops
 from kvfold.codecs.base import NO_FACTS, Codec, Facts
-from kvfold.codecs.kmeans import kmeans
+from kvfold.codecs.kmeans import kmeans, nearest
 from kvfold.codes import Codes
 from kvfold.errors import InputError
-from kvfold.ops.encode.naive import nearest
 from kvfold.ops.native import version
 from kvfold.packing import pack, pack_scale, packed_bytes, unpack, unpack_scale
 

@@ -50,12 +50,6 @@ def encode_rows(rows: Tensor, tables: Tensor, beam: int) -> Tensor:
     return torch.cat([step(part, stages, beam) for part in blocks])
 
 
-def nearest(rows: Tensor, table: Tensor) -> Tensor:
-    """Index of the codeword of `table [C, d]` nearest to each of `rows [N, d]`, int64 `[N]`; ties go to the lowest."""
-    scoring = _scoring(table)
-    return torch.cat([_closeness(part, scoring).max(1).indices for part in rows.split(_block_rows(len(table)))])
-
-
 def _block_rows(scores: int) -> int:
     return max(64, _BLOCK_SCORES // scores)
 
