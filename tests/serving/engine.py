@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from typing import Any
 
 
 def main() -> None:
@@ -12,7 +13,7 @@ def main() -> None:
 
     request = json.load(sys.stdin)
     llm = LLM(**request["engine"])
-    params = SamplingParams(temperature=0, max_tokens=request["tokens"], ignore_eos=True)
+    params = SamplingParams(temperature=0, max_tokens=request["tokens"], ignore_eos=True, logprobs=1)
     prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
     start = time.perf_counter()
     rounds = [llm.generate(prompts, params, use_tqdm=False) for _ in range(request.get("rounds", 1))]
@@ -20,10 +21,16 @@ def main() -> None:
     cache = llm.llm_engine.vllm_config.cache_config
     answer = {
         "tokens": [[list(one.outputs[0].token_ids) for one in outputs] for outputs in rounds],
+        "logprobs": [logprobs(one.outputs[0]) for one in rounds[0]],
         "capacity": cache.num_gpu_blocks * cache.block_size,
         "seconds": seconds,
     }
     print(json.dumps(answer), flush=True)
+
+
+def logprobs(output: Any) -> list[float]:
+    """Of the tokens that were said."""
+    return [told[token].logprob for told, token in zip(output.logprobs, output.token_ids, strict=True)]
 
 
 if __name__ == "__main__":  # vLLM starts its workers by spawning
