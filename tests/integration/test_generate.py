@@ -141,7 +141,7 @@ def test_longrope_keys_keep_the_frequencies_they_were_rotated_with() -> None:
                     cache = output_cache(output)
                 logits.append(output.logits)
     stock, coded = logits
-    assert float((stock - coded).abs().mean() / stock.abs().mean()) < 0.25
+    assert float((stock - coded).abs().mean() / stock.abs().mean()) < 0.3
 
 
 def test_saved_cache_continues_in_another_process(tmp_path: Path) -> None:

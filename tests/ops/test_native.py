@@ -438,7 +438,7 @@ def test_without_native_ops_everything_runs_and_it_is_said_once(
     native._chosen.cache_clear()
     try:
         with caplog.at_level(logging.WARNING, "kvfold"):
-            assert ops.available_backends() == ["naive"]
+            assert "cpu" not in ops.available_backends()
             for _ in range(2):
                 codes = ops.encode(torch.randn(1, 1, 3, 1, 4), torch.randn(1, 5, 4), torch.zeros(1, 1, 1, dtype=torch.int64))
                 assert codes.shape == (1, 1, 3, 1, 1)
