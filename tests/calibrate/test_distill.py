@@ -53,7 +53,7 @@ def test_what_it_tells_is_what_the_cache_gives() -> None:
 def test_only_codewords_change() -> None:
     before = fitted()
     fingerprint = before.fingerprint()
-    after = trained(steps=40)
+    after = trained(steps=5, seed=2)
     assert before.fingerprint() == fingerprint != after.fingerprint()
     for old, new in zip((*before.keys, *before.values), (*after.keys, *after.values), strict=True):
         assert new.settings() == old.settings()

@@ -123,12 +123,14 @@ def test_longrope_generation_crosses_its_switch_as_the_stock_model_does() -> Non
 def test_longrope_keys_keep_the_frequencies_they_were_rotated_with() -> None:
     """Two passes, below and above the switch: the stock cache keeps short-frequency keys, and so must the codes."""
     model = tiny_model("phi3-longrope")
-    ids = random_ids(1, 70)
+    ids = random_ids(4, 70, 1)
     logits = []
     with torch.no_grad():
         for attached in (False, True):
             if attached:
-                with kvfold.attach(model, tiny_codecs("phi3-longrope", "rvq-paper", stages=6, codebook_size=64), **SIZES) as on:
+                with kvfold.attach(
+                    model, tiny_codecs("phi3-longrope", "rvq-paper", stages=12, codebook_size=64), **SIZES
+                ) as on:
                     cache = on.new_cache()
                     model(input_ids=ids[:, :40], **given(model, cache))
                     model(input_ids=ids[:, 40:60], **given(model, cache))
@@ -141,7 +143,7 @@ def test_longrope_keys_keep_the_frequencies_they_were_rotated_with() -> None:
                     cache = output_cache(output)
                 logits.append(output.logits)
     stock, coded = logits
-    assert float((stock - coded).abs().mean() / stock.abs().mean()) < 0.3
+    assert float((stock - coded).abs().mean() / stock.abs().mean()) < 0.13
 
 
 def test_saved_cache_continues_in_another_process(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_codes_are_those_of_plain_pytorch(tokens: int, dim: int, size: int, beam
 def test_neither_blocks_nor_chunks_of_a_real_gpu_change_codes(
     beam: int, tokens: int, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu, "INTERPRETED", False)
+    monkeypatch.setattr(gpu, "interpreted", lambda: False)
     assert tokens > gpu._tiles(tokens, size, 8, beam)["ROWS"]
     assert size > gpu._tiles(tokens, size, 8, beam)["CHUNK"]
     vectors, codebooks, book = integers(1, 1, tokens, 1, 8), integers(2, size, 8, top=2), books(2, 2, 1, 1)
@@ -138,7 +138,7 @@ def test_bits_out_of_range_are_refused() -> None:
 @pytest.mark.parametrize("tiled", [False, True])
 def test_statistics_are_those_of_the_moving_average(masked: bool, tiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if tiled:
-        monkeypatch.setattr(gpu, "INTERPRETED", False)
+        monkeypatch.setattr(gpu, "interpreted", lambda: False)
     rows, tables = integers(130, 5), integers(3, 20, 5, top=2)
     mask = (torch.rand(130, 2, device=DEVICE) < 0.5)[:, 0] if masked else None
     expected = EmaBooks(tables).statistics(rows, mask)

@@ -116,3 +116,17 @@ def test_a_codec_of_another_model_is_refused(tmp_path: Path, prompts: list[list[
     codec_set("rvq").save(folder)
     with pytest.raises(AssertionError, match=f"the model this codec was calibrated for .a {SPEC.model_type} of 3 layers"):
         answer(folder, prompts[:1], env={"VLLM_LOGGING_LEVEL": "ERROR"})
+
+
+def test_the_backend_of_gpus_fits_vllm() -> None:
+    """As far as a machine without one can tell: it is made, and what vLLM asks of it is there."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionImpl
+
+    from kvfold.serving.vllm import GPUBackend
+
+    assert issubclass(GPUBackend, TritonAttentionBackend)
+    assert GPUBackend.get_name() == "CUSTOM"
+    assert not GPUBackend.forward_includes_kv_cache_update
+    with set_current_vllm_config(VllmConfig()):
+        assert GPUBackend.get_impl_cls() is TritonAttentionImpl

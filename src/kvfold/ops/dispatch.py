@@ -24,6 +24,7 @@ from kvfold.ops.decode import cpu as cpu_decode
 from kvfold.ops.decode import naive as naive_decode
 from kvfold.ops.encode import cpu as cpu_encode
 from kvfold.ops.encode import naive as naive_encode
+from kvfold.ops.interpreter import interpreted
 
 _BACKENDS: dict[str, dict[str, Callable]] = {
     "naive": {
@@ -56,7 +57,7 @@ def select(op: str, backend: str | None = None, device: str = "cpu") -> Callable
     if name == "auto":
         name = _automatic(device) if device in ("cpu", "cuda") else "naive"
     why = _missing(name)
-    if why is None and (name, device) in (("cpu", "cuda"), ("gpu", "cpu")) and not (name == "gpu" and _interpreted()):
+    if why is None and (name, device) in (("cpu", "cuda"), ("gpu", "cpu")) and not (name == "gpu" and interpreted()):
         why = f"which does not run on {device}"
     if why is not None:
         known = ", ".join(available_backends())
@@ -71,12 +72,8 @@ def _missing(name: str) -> str | None:
     if name == "gpu":
         if importlib.util.find_spec("triton") is None:
             return "there is no Triton: pip install kvfold[gpu]"
-        return None if torch.cuda.is_available() or _interpreted() else "there is no CUDA device"
+        return None if torch.cuda.is_available() or interpreted() else "there is no CUDA device"
     return None if name in _BACKENDS else "there is no backend of that name"
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @cache

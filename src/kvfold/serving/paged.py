@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -137,12 +138,10 @@ class PagedLayer:
             float32 `[T, H, D]`.
         """
         out = torch.zeros(query.shape[0], query.shape[1], self._value.head_dim, device=query.device)
-        starts = [0]
-        for count in queries:
-            starts.append(starts[-1] + count)
-        steps = [row for row, count in enumerate(queries) if count == 1 and lengths[row]]
+        starts = list(accumulate(queries, initial=0))
+        steps = [row for row, asked in enumerate(queries) if asked == 1 and lengths[row]]
         groups = [steps] if steps else []  # rows of one query each are attended together
-        groups += [[row] for row, count in enumerate(queries) if count > 1 and lengths[row]]
+        groups += [[row] for row, asked in enumerate(queries) if asked > 1 and lengths[row]]
         for rows in groups:
             count = queries[rows[0]]
             where = torch.cat([torch.arange(starts[row], starts[row] + count, device=query.device) for row in rows])

@@ -89,11 +89,11 @@ def codecs_of(config: VllmConfig) -> CodecSet | None:
         raise InputError(
             "a model whose layers all attend to the whole past at plain positions", came, "serve it without kvfold"
         )
-    _require_frequencies(spec.rope(0), model.hf_text_config, spec.head_dim)
+    _require_frequencies(spec.rope(0), model.hf_text_config)
     return codecs
 
 
-def _require_frequencies(rope: Any, config: Any, head_dim: int) -> None:
+def _require_frequencies(rope: Any, config: Any) -> None:
     """That a model with plain RoPE has the codec's base; other kinds are not checked."""
     told = getattr(config, "rope_parameters", None) or {}
     theta, kind = told.get("rope_theta"), told.get("rope_type", "default")
@@ -173,9 +173,10 @@ class _Coded:
         metadata = get_attention_context(layer.layer_name)[0]
         if metadata is None or not kv_cache.numel():  # warming up
             return
-        count = metadata.num_actual_tokens
-        slots, positions = slot_mapping[:count].long(), _positions(metadata, count, key.device)
-        self._paged(layer, key.device).store(_bytes(kv_cache), slots, key[:count], value[:count], positions)
+        now = _Pass.of(metadata)
+        slots = slot_mapping[: now.tokens].long()
+        positions = now.positions.to(key.device)
+        self._paged(layer, key.device).store(_bytes(kv_cache), slots, key[: now.tokens], value[: now.tokens], positions)
 
     def forward(
         self,
@@ -194,26 +195,37 @@ class _Coded:
             raise InputError("attention whose output is not quantized", "a fused output scale", "serve without it")
         if attn_metadata is None:  # warming up
             return output
-        count = attn_metadata.num_actual_tokens
-        bounds = attn_metadata.query_start_loc.tolist()
-        lengths = attn_metadata.seq_lens.tolist()
-        queries = [stop - start for start, stop in pairwise(bounds)]
-        lengths = [length if count else 0 for length, count in zip(lengths, queries, strict=False)]
+        now = _Pass.of(attn_metadata)
         softcap = float(getattr(self, "logits_soft_cap", 0.0) or 0.0) or None
         paged = self._paged(layer, query.device)
-        table = attn_metadata.block_table
-        asked = query[:count].view(count, -1, self.head_size)
-        mixed = paged.attend(_bytes(kv_cache), table, asked, queries, lengths, self.scale, softcap)
-        output[:count] = mixed.to(output.dtype).view(output[:count].shape)
+        asked = query[: now.tokens].view(now.tokens, -1, self.head_size)
+        pages, table = _bytes(kv_cache), attn_metadata.block_table
+        mixed = paged.attend(pages, table, asked, now.queries, now.lengths, self.scale, softcap)
+        output[: now.tokens] = mixed.to(output.dtype).view(output[: now.tokens].shape)
         return output
 
 
-def _positions(metadata: Any, count: int, device: torch.device) -> Tensor:
-    """Places of the pass's tokens in their rows, int64 `[T]`: the newest of each row."""
-    bounds = metadata.query_start_loc.to(device).long()
-    queries = bounds.diff()
-    first = metadata.seq_lens.to(device).long()[: len(queries)] - queries - bounds[:-1]
-    return torch.arange(count, device=device) + first.repeat_interleave(queries, output_size=count)
+@dataclass(frozen=True)
+class _Pass:
+    """What a pass's metadata say of its rows, read once for all layers: each reading waits for the device."""
+
+    tokens: int
+    queries: list[int]  # of each row: its newest tokens
+    lengths: list[int]  # of each row, those queries included; 0 for a row that asks nothing
+    positions: Tensor  # of the pass's tokens in their rows, int64 `[T]`
+
+    @classmethod
+    def of(cls, metadata: Any) -> _Pass:
+        found = getattr(metadata, "kvfold_pass", None)
+        if found is None:
+            bounds, told = metadata.query_start_loc.tolist(), metadata.seq_lens.tolist()
+            queries = [stop - start for start, stop in pairwise(bounds)]
+            lengths = [length if asked else 0 for length, asked in zip(told, queries, strict=False)]
+            rows = zip(lengths, queries, strict=True)
+            places = [torch.arange(length - asked, length) for length, asked in rows]
+            found = cls(metadata.num_actual_tokens, queries, lengths, torch.cat([torch.arange(0), *places]))
+            metadata.kvfold_pass = found  # vLLM makes metadata anew for every pass
+        return found
 
 
 def _bytes(kv_cache: Tensor) -> Tensor:
@@ -221,22 +233,25 @@ def _bytes(kv_cache: Tensor) -> Tensor:
     return kv_cache.view(torch.uint8)
 
 
+@dataclass
+class _Serving:
+    """What this process serves with; kept, because no configuration is current when vLLM asks for cache specs."""
+
+    codecs: CodecSet | None = None
+    token_bytes: int = 0  # of a token and head in a page
+
+
+_serving = _Serving()
+
+
 def _current_codecs() -> CodecSet | None:
-    """Of the configuration that is current while vLLM makes layers; kept, because none is when it asks for cache specs."""
+    """Of the configuration that is current while vLLM makes layers."""
     from vllm.config import get_current_vllm_config
 
-    _made["codecs"] = codecs_of(get_current_vllm_config())
-    return _made["codecs"]
-
-
-_made: dict[str, CodecSet | None] = {"codecs": None}
-
-
-def _customized(spec: Any) -> Any:
-    codecs = _made["codecs"]
-    if codecs is None or spec.state_content_bytes is not None:
-        return spec
-    return replace(spec, state_content_bytes=_token_bytes(codecs))
+    codecs = codecs_of(get_current_vllm_config())
+    if codecs is not _serving.codecs:
+        _serving.codecs, _serving.token_bytes = codecs, 0 if codecs is None else _token_bytes(codecs)
+    return codecs
 
 
 def __getattr__(name: str) -> Any:
@@ -251,53 +266,40 @@ def __getattr__(name: str) -> Any:
 def _cpu_backend() -> type:
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 
-    class CPUImpl(_Coded, CPUAttentionBackendImpl):
-        """Attention on codes in C++."""
-
-        def __init__(self, *args: Any, **named: Any) -> None:
-            CPUAttentionBackendImpl.__init__(self, *args, **named)
-            self.prepare()
-
-    class CPUBackend(CPUAttentionBackend):
-        """vLLM's CPU backend, with codes in its pages if a codec is named."""
-
-        @staticmethod
-        def get_impl_cls() -> type:
-            return CPUAttentionBackendImpl if _current_codecs() is None else CPUImpl
-
-        @classmethod
-        def customize_spec(cls, spec: Any) -> Any:
-            return _customized(spec)
-
-    return CPUBackend
+    return _with_codes("CPUBackend", CPUAttentionBackend, CPUAttentionBackendImpl)
 
 
 @cache
 def _gpu_backend() -> type:
     from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionImpl
 
-    class GPUImpl(_Coded, TritonAttentionImpl):
-        """Attention on codes in Triton."""
+    backend = _with_codes("GPUBackend", TritonAttentionBackend, TritonAttentionImpl)
+    backend.get_name = staticmethod(lambda: "CUSTOM")  # type: ignore[attr-defined]
+    return backend
+
+
+def _with_codes(name: str, base: type, implementation: type) -> type:
+    """vLLM's backend `base`, metadata as it makes them, with codes in its pages if a codec is named."""
+
+    class Impl(_Coded, implementation):
+        """Attention on codes by kvfold's ops."""
 
         def __init__(self, *args: Any, **named: Any) -> None:
-            TritonAttentionImpl.__init__(self, *args, **named)
+            super().__init__(*args, **named)
             self.prepare()
 
-    class GPUBackend(TritonAttentionBackend):
-        """Codes in the pages, metadata as vLLM's Triton backend makes it."""
-
-        forward_includes_kv_cache_update = False
-
-        @staticmethod
-        def get_name() -> str:
-            return "CUSTOM"
+    class Backend(base):
+        """A backend of vLLM with pages of codes."""
 
         @staticmethod
         def get_impl_cls() -> type:
-            return GPUImpl
+            return implementation if _current_codecs() is None else Impl
 
         @classmethod
         def customize_spec(cls, spec: Any) -> Any:
-            return _customized(spec)
+            if _serving.codecs is None or spec.state_content_bytes is not None:
+                return spec
+            return replace(spec, state_content_bytes=_serving.token_bytes)
 
-    return GPUBackend
+    Backend.__name__ = Backend.__qualname__ = name
+    return Backend

@@ -16,7 +16,6 @@ be captured in a CUDA graph. A code that names no codeword cannot be told withou
 
 from __future__ import annotations
 
-import os
 from typing import Any, NamedTuple
 
 import torch
@@ -25,8 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kvfold.ops.attend.naive import Coded, Rotation
+from kvfold.ops.interpreter import interpreted
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _TABLE_ROWS = 16  # query rows of a KV head at most that score from tables
 _TABLE_SIZE = 1024  # codewords at most, likewise
 _MOST_SPLITS = 128
@@ -345,7 +344,7 @@ def _tables(query: Tensor, key: Coded) -> Tensor:
 
 def _blocks(rows: int, width: int) -> tuple[int, int, int]:
     """Tokens of a tile, query rows of a program, warps."""
-    if INTERPRETED:  # where a program costs whatever its size
+    if interpreted():  # where a program costs whatever its size
         return 512, max(_LEAST, min(1024, triton.next_power_of_2(rows))), 4
     block = max(_LEAST, min(64 if width <= 128 else 32, triton.next_power_of_2(rows)))
     return 32, block, 4 if width <= 128 else 8
@@ -353,7 +352,7 @@ def _blocks(rows: int, width: int) -> tuple[int, int, int]:
 
 def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU."""
-    return 1 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+    return 1 if interpreted() else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _splits(blocks: int, tokens: int, tile: int, device: torch.device) -> tuple[int, int]:

@@ -6,14 +6,12 @@ lie in; codewords come from the caches.
 
 from __future__ import annotations
 
-import os
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+from kvfold.ops.interpreter import interpreted
 
 
 def decode(codes: Tensor, codebooks: Tensor, book: Tensor) -> Tensor:
@@ -29,7 +27,7 @@ def decode(codes: Tensor, codebooks: Tensor, book: Tensor) -> Tensor:
     if not vectors.numel():
         return vectors
     padded = triton.next_power_of_2(dim)
-    rows = max(1, (1 << 16 if INTERPRETED else 2048) // padded)
+    rows = max(1, (1 << 16 if interpreted() else 2048) // padded)
     grid = (batch * heads * triton.cdiv(tokens * groups, rows),)
     with torch.cuda.device_of(codes):
         _decode[grid](

@@ -12,17 +12,15 @@ op, two codewords whose distances differ by less than float32 resolves may be ta
 
 from __future__ import annotations
 
-import os
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kvfold.errors import InputError
+from kvfold.ops.interpreter import interpreted
 from kvfold.packing import pack
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _WIDEST_BEAM, _LARGEST_GROUP = 16, 1024
 # An order of no float that a search meets, and what is larger than every key.
 _ABSENT = tl.constexpr(0x7FFFFFFF << 32)
@@ -103,7 +101,7 @@ def _search(
 def _tiles(tokens: int, size: int, dim: int, beam: int) -> dict[str, int]:
     """Vectors of a program, codewords of a chunk and padded channels, powers of 2; a product takes at least 16 of each."""
     width, padded = triton.next_power_of_2(beam), max(16, triton.next_power_of_2(dim))
-    if INTERPRETED:  # every step costs the same there, so there should be few; 2^20 numbers are the most of a tensor
+    if interpreted():  # every step costs the same there, so there should be few; 2^20 numbers are the most of a tensor
         flat = min(4096, (1 << 20) // padded)
         chunk = (1 << 20) // max(16, min(flat, width * triton.next_power_of_2(tokens)))
     else:  # 64 is what the matrix unit takes of four warps; the rest is what their registers hold, up to 128 channels
