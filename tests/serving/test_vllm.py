@@ -2,54 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from served import NEW, answer
 
 import kvfold
-from kvfold.calibrate.text import builtin_text
-from kvfold.integration.models import load_model, model_folder
+from kvfold.integration.models import load_model
 
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
 pytestmark = pytest.mark.vllm
-NEW = 20
-
-
-def answer(codec: Path | None, prompts: list[list[int]], env: dict[str, str] | None = None, **request: Any) -> dict[str, Any]:
-    engine = {"model": model_folder("smollm2"), "dtype": "float32", "max_model_len": 1024, "enforce_eager": True}
-    engine |= request.pop("engine", {})
-    if codec is not None:
-        engine["additional_config"] = {"kvfold": {"codec": str(codec)}}
-    asked = {"engine": engine, "prompts": prompts, "tokens": NEW, **request}
-    told = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", **os.environ, **(env or {})}
-    command = [sys.executable, str(Path(__file__).with_name("engine.py"))]
-    done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, env=told)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-@pytest.fixture(scope="module")
-def codec(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """8 stages of 256, own books per head, scales in a byte; not trained, to be quick."""
-    model, tokenizer = load_model("smollm2")
-    settings = {"distill_steps": 0, "max_vectors": 8192, "iterations": 4}
-    folder = tmp_path_factory.mktemp("codec") / "rvq"
-    kvfold.calibrate(model, tokenizer, builtin_text(), settings=settings, tokens=8192, quiet=True).save(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def prompts() -> list[list[int]]:
-    """50 of 8 to 204 tokens."""
-    _, tokenizer = load_model("smollm2")
-    ids = tokenizer("\n\n".join(builtin_text())[:100_000], verbose=False)["input_ids"]
-    return [ids[200 * i : 200 * i + 8 + 4 * i] for i in range(50)]
 
 
 @pytest.fixture(scope="module")

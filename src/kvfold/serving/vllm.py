@@ -108,7 +108,7 @@ def _require_frequencies(rope: Any, config: Any) -> None:
         )
 
 
-def _layer_index(name: str) -> int:
+def layer_index(name: str) -> int:
     """Of `model.layers.3.self_attn.attn`."""
     found = re.search(r"\.(\d+)\.", name)
     if found is None:
@@ -120,7 +120,7 @@ def _paged_layer(codecs: CodecSet, name: str, kv_heads: int, device: torch.devic
     """The layer called `name`, its KV heads those of this tensor-parallel rank."""
     from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
-    index, total = _layer_index(name), codecs.spec.kv_heads
+    index, total = layer_index(name), codecs.spec.kv_heads
     ranks = max(1, get_tensor_model_parallel_world_size() * kv_heads // total)  # that hold the same heads
     start = get_tensor_model_parallel_rank() // ranks * kv_heads
     pair = []
@@ -131,7 +131,7 @@ def _paged_layer(codecs: CodecSet, name: str, kv_heads: int, device: torch.devic
     return PagedLayer(pair[0], pair[1], codecs.spec.rope(index), kv_heads)
 
 
-def _token_bytes(codecs: CodecSet) -> int:
+def token_bytes(codecs: CodecSet) -> int:
     """Bytes of a token and head in a page: those of the layer that takes most, because vLLM's pages are alike."""
     pairs = zip(codecs.keys, codecs.values, strict=True)
     layouts = [PageLayout(key, value, codecs.spec.kv_heads) for key, value in pairs if key is not None and value is not None]
@@ -250,7 +250,7 @@ def _current_codecs() -> CodecSet | None:
 
     codecs = codecs_of(get_current_vllm_config())
     if codecs is not _serving.codecs:
-        _serving.codecs, _serving.token_bytes = codecs, 0 if codecs is None else _token_bytes(codecs)
+        _serving.codecs, _serving.token_bytes = codecs, 0 if codecs is None else token_bytes(codecs)
     return codecs
 
 
