@@ -5,22 +5,13 @@ from __future__ import annotations
 import pytest
 import reference
 import torch
+from coded import scattered
 from torch import Tensor
 
 from kvfold import ops
 from kvfold.ops.attend import naive
-from kvfold.packing import pack
 
 RELATIVE_ERROR = 1e-5  # of the largest element of the output; lse: absolute
-
-
-def coded(batch: int, heads: int, tokens: int, dim: int = 16, group: int = 8, size: int = 20, stages: int = 3) -> ops.Coded:
-    groups, bits = dim // group, (size - 1).bit_length()
-    packed = pack(torch.randint(size, (batch, heads, tokens, stages * groups)), bits)
-    book = torch.randint(stages + 1, (stages, heads, groups))
-    scale = (torch.rand(batch, heads, tokens, 1) + 0.5).half()
-    codebooks = torch.randn(stages + 1, size, group).half()
-    return ops.Coded(packed, scale, codebooks, book, torch.randperm(dim).view(groups, group), bits)
 
 
 def masks(kind: str, batch: int, queries: int, tokens: int) -> Tensor | None:
@@ -50,7 +41,7 @@ def check(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
 @pytest.mark.parametrize("tokens", [1, 63, 1000, 1500])
 def test_attention_is_softmax_over_the_decoded_keys(backend: str, tokens: int, queries: int, kind: str) -> None:
     batch = 1 if queries > 5 else 2
-    query, key, value = torch.randn(batch, 2, queries, 16), coded(batch, 2, tokens), coded(batch, 2, tokens)
+    query, key, value = torch.randn(batch, 2, queries, 16), scattered(batch, 2, tokens), scattered(batch, 2, tokens)
     mask = masks(kind, batch, queries, tokens)
     got = ops.attend(query, key, value, None, mask, 0.25, backend=backend)
     check(got, reference.attention(query, reference.decoded(key), reference.decoded(value), mask, 0.25))
@@ -59,7 +50,7 @@ def test_attention_is_softmax_over_the_decoded_keys(backend: str, tokens: int, q
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (3, 1), (6, 2), (3, 3)])
 @pytest.mark.parametrize("kind", ["none", "random"])
 def test_query_heads_share_the_keys_of_their_kv_head(backend: str, heads: int, kv_heads: int, kind: str) -> None:
-    query, key, value = torch.randn(2, heads, 5, 16), coded(2, kv_heads, 63), coded(2, kv_heads, 63, group=4, size=300)
+    query, key, value = torch.randn(2, heads, 5, 16), scattered(2, kv_heads, 63), scattered(2, kv_heads, 63, group=4, size=300)
     mask = masks(kind, 2, 5, 63)
     got = ops.attend(query, key, value, None, mask, 0.3, backend=backend)
     check(got, reference.attention(query, reference.decoded(key), reference.decoded(value), mask, 0.3))
@@ -70,7 +61,7 @@ def test_query_heads_share_the_keys_of_their_kv_head(backend: str, heads: int, k
 @pytest.mark.parametrize("rows", [1, 2])
 def test_keys_before_rope_are_rotated_to_their_own_positions(backend: str, rotary: int, rows: int, interleaved: bool) -> None:
     tokens = 1100
-    query, key, value = torch.randn(2, 2, 5, 16), coded(2, 2, tokens), coded(2, 2, tokens)
+    query, key, value = torch.randn(2, 2, 5, 16), scattered(2, 2, tokens), scattered(2, 2, tokens)
     positions = (torch.arange(tokens) - torch.tensor([[0], [7]])[:rows]).clamp_min(0)
     rotation = ops.Rotation(positions, 100.0 ** -torch.linspace(0, 1, rotary // 2), 1.3, interleaved)
     got = ops.attend(query, key, value, rotation, None, 0.25, backend=backend)
@@ -84,7 +75,7 @@ def test_keys_before_rope_are_rotated_to_their_own_positions(backend: str, rotar
 @pytest.mark.parametrize("queries", [1, 5])
 def test_a_center_is_rotated_and_added_to_what_is_decoded(backend: str, queries: int, interleaved: bool) -> None:
     tokens, center = 700, torch.randn(2, 16)
-    query, key, value = torch.randn(2, 2, queries, 16), coded(2, 2, tokens), coded(2, 2, tokens)
+    query, key, value = torch.randn(2, 2, queries, 16), scattered(2, 2, tokens), scattered(2, 2, tokens)
     rotation = ops.Rotation(torch.randint(900, (2, tokens)), 100.0 ** -torch.linspace(0, 1, 6), 1.3, interleaved)
     got = ops.attend(query, key._replace(center=center), value, rotation, None, 0.25, backend=backend)
     moved = reference.rotated(center[None, :, None].expand(2, -1, tokens, -1).double(), *rotation)
@@ -96,7 +87,7 @@ def test_a_center_is_rotated_and_added_to_what_is_decoded(backend: str, queries:
 @pytest.mark.parametrize("softcap", [2.0, 50.0])
 @pytest.mark.parametrize("kind", ["none", "random"])
 def test_scores_are_capped_before_the_mask(backend: str, softcap: float, kind: str) -> None:
-    query, key, value = torch.randn(2, 2, 5, 16) * 3, coded(2, 2, 63), coded(2, 2, 63)
+    query, key, value = torch.randn(2, 2, 5, 16) * 3, scattered(2, 2, 63), scattered(2, 2, 63)
     mask = masks(kind, 2, 5, 63)
     got = ops.attend(query, key, value, None, mask, 0.5, softcap, backend)
     check(got, reference.attention(query, reference.decoded(key), reference.decoded(value), mask, 0.5, softcap))
@@ -104,7 +95,7 @@ def test_scores_are_capped_before_the_mask(backend: str, softcap: float, kind: s
 
 @pytest.mark.parametrize("visible", [True, False])
 def test_values_may_have_another_dim_than_keys(backend: str, visible: bool) -> None:
-    query, key, value = torch.randn(2, 2, 5, 16), coded(2, 2, 30), coded(2, 2, 30, dim=24)
+    query, key, value = torch.randn(2, 2, 5, 16), scattered(2, 2, 30), scattered(2, 2, 30, dim=24)
     mask = torch.full((1, 1, 5, 30), visible)
     got = ops.attend(query, key, value, None, mask, 0.25, backend=backend)
     check(got, reference.attention(query, reference.decoded(key), reference.decoded(value), mask, 0.25))
@@ -112,14 +103,14 @@ def test_values_may_have_another_dim_than_keys(backend: str, visible: bool) -> N
 
 @pytest.mark.parametrize("tokens", [0, 3, 1500])
 def test_who_sees_nothing_gets_zero_and_minus_infinity(backend: str, tokens: int) -> None:
-    query, key, value = torch.randn(2, 4, 3, 16), coded(2, 2, tokens), coded(2, 2, tokens)
+    query, key, value = torch.randn(2, 4, 3, 16), scattered(2, 2, tokens), scattered(2, 2, tokens)
     out, lse = ops.attend(query, key, value, None, torch.zeros(2, 1, 3, tokens, dtype=torch.bool), 0.25, backend=backend)
     assert torch.equal(out, torch.zeros(2, 4, 3, 16))
     assert torch.equal(lse, torch.full((2, 4, 3), -torch.inf))
 
 
 def test_large_scores_do_not_overflow(backend: str) -> None:
-    query, key, value = torch.randn(1, 1, 2, 16) * 1e3, coded(1, 1, 1100), coded(1, 1, 1100)
+    query, key, value = torch.randn(1, 1, 2, 16) * 1e3, scattered(1, 1, 1100), scattered(1, 1, 1100)
     out, lse = ops.attend(query, key, value, None, None, 10.0, backend=backend)
     keys, values = reference.decoded(key), reference.decoded(value)
     right, right_lse = reference.attention(query, keys, values, None, 10.0)
@@ -129,13 +120,13 @@ def test_large_scores_do_not_overflow(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_queries_are_attended_in_float32(backend: str, dtype: torch.dtype) -> None:
-    query, key, value = torch.randn(1, 2, 5, 16).to(dtype), coded(1, 2, 63), coded(1, 2, 63)
+    query, key, value = torch.randn(1, 2, 5, 16).to(dtype), scattered(1, 2, 63), scattered(1, 2, 63)
     got = ops.attend(query, key, value, None, None, 0.25, backend=backend)
     check(got, reference.attention(query, reference.decoded(key), reference.decoded(value), None, 0.25))
 
 
 def test_masked_keys_are_never_looked_at(backend: str) -> None:
-    query, key, value = torch.randn(1, 2, 5, 16), coded(1, 2, 90), coded(1, 2, 90)
+    query, key, value = torch.randn(1, 2, 5, 16), scattered(1, 2, 90), scattered(1, 2, 90)
     mask = (torch.arange(90) < 40).expand(1, 1, 5, 90)
     first = [ops.Coded(side.packed[:, :, :40], side.scale[:, :, :40], *side[2:]) for side in (key, value)]
     out, lse = ops.attend(query, key, value, None, mask, 0.25, backend=backend)
@@ -158,7 +149,7 @@ def test_tiles_that_no_query_may_see_are_not_read() -> None:
 
 
 def test_the_tiles_of_the_past_do_not_show(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    query, key, value = torch.randn(2, 2, 9, 16), coded(2, 2, 40), coded(2, 2, 40)
+    query, key, value = torch.randn(2, 2, 9, 16), scattered(2, 2, 40), scattered(2, 2, 40)
     mask = masks("causal", 2, 9, 40)
     whole = ops.attend(query, key, value, None, mask, 0.25, backend=backend)
     monkeypatch.setattr(naive, "_KEY_TILE", 7)

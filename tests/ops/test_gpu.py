@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from coded import scattered
 from torch import Tensor
 
 from kvfold import ops
-from kvfold.packing import pack
 
 pytest.importorskip("triton")
 from kvfold.ops.attend import gpu, naive
@@ -21,13 +21,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def coded(heads: int, tokens: int, dim: int, size: int = 20, stages: int = 3, byte_scale: bool = False) -> ops.Coded:
-    groups, bits = dim // 8, (size - 1).bit_length()
-    packed = pack(torch.randint(size, (2, heads, tokens, stages * groups)), bits)
-    scale = torch.rand(2, heads, tokens, 1) + 0.5
-    book = torch.randint(stages + 1, (stages, heads, groups))
-    codebooks = torch.randn(stages + 1, size, 8).half()
-    stored = (scale * 64).to(torch.uint8) if byte_scale else scale.half()
-    return ops.Coded(packed, stored, codebooks, book, torch.randperm(dim).view(groups, 8), bits)
+    """Of 2 rows; a scale of a byte is any byte."""
+    made = scattered(2, heads, tokens, dim, 8, size, stages)
+    return made._replace(scale=(made.scale * 64).to(torch.uint8)) if byte_scale else made
 
 
 def on_device(coded: ops.Coded) -> ops.Coded:

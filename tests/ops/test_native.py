@@ -8,13 +8,14 @@ from collections.abc import Iterator
 import pytest
 import reference
 import torch
+from coded import coded, rotation
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kvfold import ops
 from kvfold.errors import InputError
 from kvfold.ops import dispatch, native
-from kvfold.packing import pack, pack_scale
+from kvfold.packing import pack_scale
 
 pytestmark = pytest.mark.skipif(not native.available_isas(), reason=native.MISSING)
 RELATIVE_ERROR = 1e-3  # root mean square over root mean square, of every head
@@ -32,36 +33,6 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-
-
-def coded(
-    batch: int,
-    heads: int,
-    tokens: int,
-    dim: int = 128,
-    *,
-    size: int = 256,
-    stages: int = 8,
-    strided: bool = False,
-    own: str = "",
-) -> ops.Coded:
-    """Random codes in groups of 32, the shape the fast ways are made for; `own` books of "heads" or "groups"."""
-    groups, bits = dim // 32, (size - 1).bit_length()
-    stage = torch.arange(stages).view(-1, 1, 1)
-    sharing = {"heads": torch.arange(heads).view(1, -1, 1), "groups": torch.arange(groups)}.get(own, torch.zeros(1).long())
-    book = (stage * (int(sharing.max()) + 1) + sharing).expand(-1, heads, groups).contiguous()
-    deviation = 0.8 ** (torch.arange(int(book.max()) + 1) // (int(sharing.max()) + 1))
-    codebooks = (torch.randn(len(deviation), size, 32) * deviation[:, None, None] * 0.6).half()
-    packed = pack(torch.randint(size, (batch, heads, tokens, stages * groups), dtype=torch.int32), bits)
-    scale = (torch.rand(batch, heads, tokens, 1) + 0.5).half()
-    order = torch.arange(dim)
-    channels = order.view(32, groups).T.contiguous() if strided else order.view(groups, 32)
-    return ops.Coded(packed, scale, codebooks, book, channels, bits)
-
-
-def rotation(tokens: int, dim: int) -> ops.Rotation:
-    positions = torch.arange(tokens, dtype=torch.int32)[None]
-    return ops.Rotation(positions, 1e4 ** -(torch.arange(dim // 2) / (dim // 2)), 1.1, False)
 
 
 def step_error(rope: str) -> float:
@@ -330,56 +301,6 @@ def test_a_bound_that_is_none_is_told(given: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("KVFOLD_SKIP", given)
     with pytest.raises(InputError, match="KVFOLD_SKIP"):
         ops.attend(torch.randn(1, 4, 1, 64), coded(1, 2, 9, 64), coded(1, 2, 9, 64), None, None, 1.0, backend="cpu")
-
-
-# -- bad input ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("tokens", [10, 300])
-@pytest.mark.parametrize("side", ["key", "value"])
-def test_codes_that_name_no_codeword_are_refused(side: str, tokens: int) -> None:
-    sides = {"key": coded(1, 2, tokens, 64, size=200), "value": coded(1, 2, tokens, 64, size=200)}
-    sides[side].packed[0, 1, tokens - 1, 3] = 201
-    with pytest.raises(ValueError, match="names a codeword that is not there"):
-        ops.attend(torch.randn(1, 4, 1, 64), sides["key"], sides["value"], None, None, 1.0, backend="cpu")
-
-
-@pytest.mark.parametrize("code", [-1, 7, 2**31 - 1])
-def test_decode_refuses_codes_out_of_range(code: int) -> None:
-    codes = torch.zeros(1, 2, 3, 1, 1, dtype=torch.int32)
-    codes[0, 1, 2] = code
-    with pytest.raises(ValueError, match="names a codeword that is not there"):
-        ops.decode(codes, torch.randn(1, 7, 4), torch.zeros(1, 2, 1, dtype=torch.int64), "cpu")
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"query": torch.zeros(1, 4, 1, 63)},
-        {"query": torch.zeros(1, 3, 1, 64)},
-        {"query": torch.zeros(2, 4, 1, 64)},
-        {"mask": torch.ones(1, 1, 1, 299, dtype=torch.bool)},
-        {"mask": torch.ones(3, 1, 1, 300, dtype=torch.bool)},
-        {"positions": torch.zeros(1, 299, dtype=torch.int32)},
-        {"inv_freq": torch.ones(40)},
-        {"scale": torch.ones(1, 2, 299, 1, dtype=torch.float16)},
-        {"packed": torch.zeros(1, 2, 300, 15, dtype=torch.uint8)},
-        {"packed": torch.zeros(1, 3, 300, 16, dtype=torch.uint8)},
-        {"book": torch.full((8, 2, 2), 8)},
-        {"book": torch.full((8, 2, 2), -1)},
-        {"channels": torch.zeros(2, 32, dtype=torch.int64)},
-        {"channels": torch.arange(1, 65).view(2, 32)},
-        {"bits": 7},
-    ],
-    ids=str,
-)
-def test_shapes_that_do_not_fit_are_refused_before_anything_is_read(wrong: dict[str, object]) -> None:
-    key, value, turned = coded(1, 2, 300, 64, strided=True), coded(1, 2, 300, 64), rotation(300, 64)
-    key = key._replace(**{name: thing for name, thing in wrong.items() if name in key._fields})
-    turned = turned._replace(**{name: thing for name, thing in wrong.items() if name in turned._fields})
-    query = wrong.get("query", torch.randn(1, 4, 1, 64))
-    with pytest.raises(ValueError, match=r"shape|not there|permutation|multiple|codes of|inv_freq|mask"):
-        ops.attend(query, key, value, turned, wrong.get("mask"), 1.0, backend="cpu")
 
 
 # -- threads, fakes, fall-back -----------------------------------------------------------------------------------------
