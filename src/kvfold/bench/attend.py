@@ -105,11 +105,7 @@ def _measure(
     arguments = (query, key, value, rotation, None, scale)
     right, right_lse = ops.attend(*arguments, backend="naive")
     out, lse = ops.attend(*arguments, backend=backend)
-    error = ((out - right).square().mean(-1) / right.square().mean(-1)).sqrt().max()
-    keys = decode_tile(key, 0, key.packed.shape[2])
-    if rotation is not None:
-        keys = ops.rotate(keys, *rotation) if key.center is None else keys + ops.rotated_center(key.center, rotation)
-    keys, values = keys.bfloat16(), decode_tile(value, 0, key.packed.shape[2]).bfloat16()
+    keys, values = dense_cache(key, value, rotation)
     dense_query = query.bfloat16()
     grouped = dense_query.view(1, kv_heads, -1, query.shape[-1])
     codes = [key.packed, value.packed]
@@ -141,11 +137,25 @@ def _measure(
         "sdpa_bf16_ms": sdpa,
         "dense_bf16_ms": dense,
         "speedup": dense / times["kvfold_ms"],
-        "max_rel_error": float(error),
+        "max_rel_error": worst_error(out, right),
         "max_lse_error": float((lse - right_lse).abs().max()),
         "threads": threads,
         "isa": native.isa(),
     }
+
+
+def dense_cache(key: ops.Coded, value: ops.Coded, rotation: ops.Rotation | None) -> tuple[Tensor, Tensor]:
+    """The keys, rotated, and values that the codes stand for, bfloat16 `[B, G, T, D]`."""
+    tokens = key.packed.shape[2]
+    keys = decode_tile(key, 0, tokens)
+    if rotation is not None:
+        keys = ops.rotate(keys, *rotation) if key.center is None else keys + ops.rotated_center(key.center, rotation)
+    return keys.bfloat16(), decode_tile(value, 0, tokens).bfloat16()
+
+
+def worst_error(out: Tensor, right: Tensor) -> float:
+    """Of `[..., D]`: root mean square of the error over that of what is right, the worst head."""
+    return float(((out - right).square().mean(-1) / right.square().mean(-1)).sqrt().max())
 
 
 def random_codes(

@@ -17,12 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvfold import ops
-from kvfold.bench.attend import check_sizes, random_codes, random_rotation
+from kvfold.bench.attend import check_sizes, dense_cache, random_codes, random_rotation, worst_error
 from kvfold.bench.timing import medians
 from kvfold.codecs import build_codec, resolve_settings
 from kvfold.codecs.base import attend as attend_codes
 from kvfold.codecs.residual import ResidualCodec
-from kvfold.ops.attend.naive import decode_tile
 from kvfold.progress import Progress
 
 CONTEXTS = (1024, 4096, 32768, 131072)
@@ -100,11 +99,7 @@ def _attend(
     arguments = (query, key, value, rotation, None, scale)
     right = ops.attend(*arguments, backend="naive")[0]
     out = ops.attend(*arguments, backend=backend)[0]
-    error = float(((out - right).square().mean(-1) / right.square().mean(-1)).sqrt().max())
-    keys = decode_tile(key, 0, tokens)
-    if rotation is not None:
-        keys = ops.rotate(keys, *rotation) if key.center is None else keys + ops.rotated_center(key.center, rotation)
-    keys, values = keys.bfloat16(), decode_tile(value, 0, tokens).bfloat16()
+    keys, values = dense_cache(key, value, rotation)
     narrow_keys, narrow_values = keys.to(torch.float8_e4m3fn), values.to(torch.float8_e4m3fn)
     grouped = query.view(len(query), keys.shape[1], -1, query.shape[-1])
     ways: dict[str, Callable[[], Any]] = {
@@ -122,6 +117,7 @@ def _attend(
         ways["kivi2_ms"] = lambda: attend_codes(query, coded[0], coded[1], None, None, scale, None)
     times = timed(ways, repeats, query.device)
     sdpa = min(times.pop("gqa"), times.pop("grouped"))
+    error = worst_error(out, right)
     return {"kivi2_ms": None, **times, "sdpa_bf16_ms": sdpa, "speedup": sdpa / times["kvfold_ms"], "max_rel_error": error}
 
 
