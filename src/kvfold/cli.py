@@ -27,6 +27,7 @@ from kvfold.calibrate.finetune import LOSSES, FinetuneSettings
 from kvfold.calibrate.trainable import KINDS
 from kvfold.codecs.ema import DECAY
 from kvfold.commands import ablate, bench, budget, calibrate, compare, evaluate, finetune, generate, inspect, needle, serve
+from kvfold.commands.arguments import above_zero, names, numbers, pair, percents, positive
 from kvfold.errors import InputError
 from kvfold.evaluate.ablate import ABLATIONS
 from kvfold.evaluate.budget import CONTEXTS as BUDGET_CONTEXTS
@@ -104,6 +105,8 @@ def _parser() -> argparse.ArgumentParser:
     _bench_attend(_command(benches, "attend", bench.bench_attention, about))
     about = "vectors encoded a second, beside other residual quantizers where installed"
     _bench_encode(_command(benches, "encode", bench.bench_encoding, about))
+    about = "decoding inside vLLM, beside its own cache"
+    _bench_serve(_command(benches, "serve", bench.bench_serving, about))
     return parser
 
 
@@ -113,7 +116,7 @@ def _command(names: Any, name: str, run: Any, about: str) -> argparse.ArgumentPa
     parser.set_defaults(command=run)
     common = parser.add_argument_group("options of every command")
     common.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (default 0)")
-    common.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's)")
+    common.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's)")
     common.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...; auto spreads the model")
     common.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the model")
     return parser
@@ -127,14 +130,14 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--codec", default="rvq", metavar="NAME", help="method, see `kvfold codecs` (default rvq)")
     _set(parser, "change a setting of the method, e.g. stages=11 or bits=3")
     parser.add_argument("--tokens", type=int, default=TOKENS, metavar="N", help=f"tokens of k-means at most (default {TOKENS})")
-    parser.add_argument("--context", type=_positive, default=CONTEXT, metavar="N", help=f"of a pass (default {CONTEXT})")
+    parser.add_argument("--context", type=positive, default=CONTEXT, metavar="N", help=f"of a pass (default {CONTEXT})")
     ema = parser.add_argument_group("learning on by moving average, over a stream of text; may be run under torchrun")
-    ema.add_argument("--ema-steps", type=_positive, metavar="N", help="updates of the codebooks after k-means")
-    ema.add_argument("--ema-batch-tokens", type=_positive, metavar="N", help=f"tokens of a step (default {BATCH_TOKENS})")
+    ema.add_argument("--ema-steps", type=positive, metavar="N", help="updates of the codebooks after k-means")
+    ema.add_argument("--ema-batch-tokens", type=positive, metavar="N", help=f"tokens of a step (default {BATCH_TOKENS})")
     ema.add_argument("--ema-decay", type=float, metavar="X", help=f"share of the past kept by a step (default {DECAY})")
     ema.add_argument("--ema-reseed", type=float, metavar="X", help="move codewords used less than X of the mean (default 0)")
     ema.add_argument("--checkpoint", metavar="DIR", help="folder for checkpoints and loss curve (default: OUT.ema)")
-    ema.add_argument("--checkpoint-every", type=_positive, metavar="N", help=f"steps between checkpoints (default {EVERY})")
+    ema.add_argument("--checkpoint-every", type=positive, metavar="N", help=f"steps between checkpoints (default {EVERY})")
     ema.add_argument("--resume", action="store_true", help="go on from the checkpoint, if there is one")
 
 
@@ -151,12 +154,12 @@ def _generate(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompt", default="", metavar="TEXT")
     prompt.add_argument("--prompt-file", metavar="FILE", help="take the prompt from a file")
     parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
-    parser.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N", help="default 128")
+    parser.add_argument("--max-new-tokens", type=positive, default=128, metavar="N", help="default 128")
     parser.add_argument("--sample", action="store_true", help="sample instead of taking the likeliest token")
-    parser.add_argument("--temperature", type=_above_zero, default=1.0, metavar="T", help="of --sample (default 1)")
+    parser.add_argument("--temperature", type=above_zero, default=1.0, metavar="T", help="of --sample (default 1)")
     parser.add_argument("--sinks", type=int, metavar="N", help=f"first tokens kept exact (default {SINKS})")
     parser.add_argument("--window", type=int, metavar="N", help=f"newest tokens kept exact (default {WINDOW})")
-    parser.add_argument("--max-bytes", type=_positive, metavar="N", help="bytes the cache may take")
+    parser.add_argument("--max-bytes", type=positive, metavar="N", help="bytes the cache may take")
     parser.add_argument("--report", action="store_true", help="say on standard error what the cache holds at the end")
     parser.add_argument("--save-cache", metavar="F", help="keep the cache and its tokens in a file")
     parser.add_argument("--load-cache", metavar="F", help="go on from such a file; the prompt, if any, is appended")
@@ -167,12 +170,12 @@ def _eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--codec", metavar="DIR", help="from `kvfold calibrate`; with --tasks, none is the exact model")
     what = parser.add_mutually_exclusive_group(required=True)
     _text(what, "text to evaluate on", required=False)
-    what.add_argument("--tasks", type=_names, metavar="NAME,NAME", help="tasks of lm-eval instead, see `lm-eval ls tasks`")
+    what.add_argument("--tasks", type=names, metavar="NAME,NAME", help="tasks of lm-eval instead, see `lm-eval ls tasks`")
     _set(parser, "beam=N searches codes with another beam")
     _protocol(parser)
     tasks = parser.add_argument_group("with --tasks")
     tasks.add_argument("--task-path", metavar="DIR", help="folder of YAML files with tasks of one's own")
-    tasks.add_argument("--limit", type=_positive, metavar="N", help="documents of each task (default: all)")
+    tasks.add_argument("--limit", type=positive, metavar="N", help="documents of each task (default: all)")
     tasks.add_argument("--num-fewshot", type=int, metavar="N", help="examples in a prompt (default: the task's number)")
     tasks.add_argument("--resume", metavar="FILE", help="keep the answers there as they come, and go on from them")
     _json(parser)
@@ -185,9 +188,9 @@ def _needle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--codec", nargs="+", required=True, metavar="DIR", help=about)
     contexts, depths = (",".join(f"{x:g}" for x in numbers) for numbers in (NEEDLE_CONTEXTS, DEPTHS))
     about = f"tokens of the prompts (default {contexts})"
-    parser.add_argument("--contexts", type=_numbers, default=NEEDLE_CONTEXTS, metavar="N,N", help=about)
+    parser.add_argument("--contexts", type=numbers, default=NEEDLE_CONTEXTS, metavar="N,N", help=about)
     about = f"percent of the text before the fact (default {depths})"
-    parser.add_argument("--depths", type=_percents, default=DEPTHS, metavar="N,N", help=about)
+    parser.add_argument("--depths", type=percents, default=DEPTHS, metavar="N,N", help=about)
     _text(parser, "text to hide the fact in (default: text that comes with Python)", required=False)
     parser.add_argument("--sinks", type=int, default=SINKS, metavar="N", help=f"first tokens kept exact (default {SINKS})")
     parser.add_argument("--window", type=int, default=WINDOW, metavar="N", help=f"newest tokens kept exact (default {WINDOW})")
@@ -202,7 +205,7 @@ def _compare(parser: argparse.ArgumentParser) -> None:
     about = "text to calibrate on, the same for all (default: what the model says)"
     parser.add_argument("--calibration-text", nargs="+", metavar="FILE", help=about)
     about = f"methods, settings after colons (default {','.join(COMPARED)})"
-    parser.add_argument("--codecs", type=_names, default=COMPARED, metavar="A,B:bits=3", help=about)
+    parser.add_argument("--codecs", type=names, default=COMPARED, metavar="A,B:bits=3", help=about)
     parser.add_argument("--tokens", type=int, default=TOKENS, metavar="N", help=f"tokens of calibration (default {TOKENS})")
     _protocol(parser)
     parser.add_argument(
@@ -215,11 +218,11 @@ def _compare(parser: argparse.ArgumentParser) -> None:
 def _budget(parser: argparse.ArgumentParser) -> None:
     _model_and_codec(parser)
     _text(parser, "text to read", required=True)
-    parser.add_argument("--max-bytes", type=_positive, required=True, metavar="N", help="bytes the limited cache may take")
+    parser.add_argument("--max-bytes", type=positive, required=True, metavar="N", help="bytes the limited cache may take")
     contexts = ",".join(map(str, BUDGET_CONTEXTS))
     about = f"tokens in the cache (default {contexts})"
-    parser.add_argument("--contexts", type=_numbers, default=BUDGET_CONTEXTS, metavar="N,N", help=about)
-    parser.add_argument("--windows", type=_positive, default=2, metavar="N", help="of text, a context (default 2)")
+    parser.add_argument("--contexts", type=numbers, default=BUDGET_CONTEXTS, metavar="N,N", help=about)
+    parser.add_argument("--windows", type=positive, default=2, metavar="N", help="of text, a context (default 2)")
     parser.add_argument("--sinks", type=int, default=SINKS, metavar="N", help=f"first tokens kept exact (default {SINKS})")
     parser.add_argument("--window", type=int, default=WINDOW, metavar="N", help=f"newest tokens kept exact (default {WINDOW})")
     _set(parser, "beam=N searches codes with another beam")
@@ -237,9 +240,9 @@ def _finetune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--loss", choices=LOSSES, default=default.loss, help=about)
     about = f"attention projections themselves, or low-rank updates of them (default {default.train})"
     parser.add_argument("--train", choices=KINDS, default=default.train, help=about)
-    parser.add_argument("--rank", type=_positive, default=default.rank, metavar="N", help=f"of lora (default {default.rank})")
+    parser.add_argument("--rank", type=positive, default=default.rank, metavar="N", help=f"of lora (default {default.rank})")
     about = f"learning rate, constant (default {default.lr:g})"
-    parser.add_argument("--lr", type=_above_zero, default=default.lr, metavar="X", help=about)
+    parser.add_argument("--lr", type=above_zero, default=default.lr, metavar="X", help=about)
     numbers = {
         "--steps": "of the optimizer",
         "--tokens-per-step": "gradients of so many tokens are accumulated",
@@ -247,7 +250,7 @@ def _finetune(parser: argparse.ArgumentParser) -> None:
     }
     for option, about in numbers.items():
         value = getattr(default, option[2:].replace("-", "_"))
-        parser.add_argument(option, type=_positive, default=value, metavar="N", help=f"{about} (default {value})")
+        parser.add_argument(option, type=positive, default=value, metavar="N", help=f"{about} (default {value})")
     about = f"weight of the commitment term (default {default.commitment:g})"
     parser.add_argument("--commitment", type=float, default=default.commitment, metavar="X", help=about)
     parser.add_argument("--no-ema", action="store_false", dest="ema", help="leave the codebooks as they are")
@@ -269,8 +272,8 @@ def _ablate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, default=2048, metavar="N", help="tokens of a window (default 2048)")
     parser.add_argument("--windows", type=int, default=8, metavar="N", help="windows from the start of the text (default 8)")
     default = FinetuneSettings()
-    parser.add_argument("--steps", type=_positive, default=default.steps, metavar="N", help="of finetuning")
-    parser.add_argument("--lr", type=_above_zero, default=default.lr, metavar="X", help="of finetuning")
+    parser.add_argument("--steps", type=positive, default=default.steps, metavar="N", help="of finetuning")
+    parser.add_argument("--lr", type=above_zero, default=default.lr, metavar="X", help="of finetuning")
     about = "folder of calibrated codecs; those that are there are not fitted again"
     parser.add_argument("--keep", metavar="DIR", help=about)
     parser.add_argument("--plot", metavar="FILE", help="PNG of the rows")
@@ -281,6 +284,8 @@ def _ablate(parser: argparse.ArgumentParser) -> None:
 def _serve(parser: argparse.ArgumentParser) -> None:
     _model_and_codec(parser)
     _set(parser, "beam=N searches codes with another beam")
+    parser.add_argument("--prefixes", metavar="DIR", help="keep the codes of prefixes there, for later requests and processes")
+    parser.add_argument("--prefix-gib", type=above_zero, metavar="N", help="most that they may take (default: no limit)")
     parser.add_argument(
         "options", nargs="*", metavar="-- OPTION", help="further options of `vllm serve`, such as -- --port 8000"
     )
@@ -289,10 +294,22 @@ def _serve(parser: argparse.ArgumentParser) -> None:
 def _bench_generate(parser: argparse.ArgumentParser) -> None:
     _model_and_codec(parser)
     default = ",".join(map(str, CONTEXTS))
-    parser.add_argument("--contexts", type=_numbers, default=CONTEXTS, metavar="N,N", help=f"prompt tokens (default {default})")
-    parser.add_argument("--new-tokens", type=_positive, default=32, metavar="N", help="tokens to decode (default 32)")
-    parser.add_argument("--repeats", type=_positive, default=3, metavar="N", help="medians of so many runs (default 3)")
+    parser.add_argument("--contexts", type=numbers, default=CONTEXTS, metavar="N,N", help=f"prompt tokens (default {default})")
+    parser.add_argument("--new-tokens", type=positive, default=32, metavar="N", help="tokens to decode (default 32)")
+    parser.add_argument("--repeats", type=positive, default=3, metavar="N", help="medians of so many runs (default 3)")
     parser.add_argument("--text", metavar="FILE", help="text of the prompt (default: text that comes with Python)")
+    _json(parser)
+    _record(parser)
+
+
+def _bench_serve(parser: argparse.ArgumentParser) -> None:
+    _model_and_codec(parser)
+    sizes = {"--requests": (8, "that run together"), "--context": (4096, "tokens of a prompt"), "--new-tokens": (32, "decoded")}
+    sizes |= {"--repeats": (3, "medians of so many rounds"), "--cache-gib": (2, "GiB of memory for either cache, on a CPU")}
+    for option, (default, about) in sizes.items():
+        parser.add_argument(option, type=positive, default=default, metavar="N", help=f"{about} (default {default})")
+    parser.add_argument("--text", metavar="FILE", help="text of the prompts (default: text that comes with Python)")
+    parser.set_defaults(dtype="bfloat16")
     _json(parser)
     _record(parser)
 
@@ -300,14 +317,14 @@ def _bench_generate(parser: argparse.ArgumentParser) -> None:
 def _bench_attend(parser: argparse.ArgumentParser) -> None:
     default = ",".join(map(str, ATTEND_CONTEXTS))
     about = f"keys in the cache (default {default}; on a GPU 1024 to 131072)"
-    parser.add_argument("--contexts", type=_numbers, metavar="N,N", help=about)
-    parser.add_argument("--batches", type=_numbers, metavar="N,N", help="rows of the cache, on a GPU (default 1,16)")
+    parser.add_argument("--contexts", type=numbers, metavar="N,N", help=about)
+    parser.add_argument("--batches", type=numbers, metavar="N,N", help="rows of the cache, on a GPU (default 1,16)")
     about = "keys coded after RoPE, before it, both (default), or after it around a rotated center (center)"
-    parser.add_argument("--rope", type=_names, default=ROPES, metavar="post,pre", dest="ropes", help=about)
+    parser.add_argument("--rope", type=names, default=ROPES, metavar="post,pre", dest="ropes", help=about)
     sizes = {"--heads": 32, "--kv-heads": 8, "--head-dim": 128, "--stages": 8, "--codebook-size": 256, "--group": 32}
     for option, default_size in sizes.items():
-        parser.add_argument(option, type=_positive, default=default_size, metavar="N", help=f"default {default_size}")
-    parser.add_argument("--repeats", type=_positive, default=15, metavar="N", help="medians of so many runs (default 15)")
+        parser.add_argument(option, type=positive, default=default_size, metavar="N", help=f"default {default_size}")
+    parser.add_argument("--repeats", type=positive, default=15, metavar="N", help="medians of so many runs (default 15)")
     _backend(parser)
     parser.add_argument("--plot", metavar="FILE", help="PNG of all times over the context")
     _json(parser)
@@ -316,14 +333,12 @@ def _bench_attend(parser: argparse.ArgumentParser) -> None:
 
 def _bench_encode(parser: argparse.ArgumentParser) -> None:
     default = ",".join(map(str, BEAMS))
-    parser.add_argument(
-        "--beams", type=_numbers, default=BEAMS, metavar="N,N", help=f"widths of the search (default {default})"
-    )
+    parser.add_argument("--beams", type=numbers, default=BEAMS, metavar="N,N", help=f"widths of the search (default {default})")
     about = f"encoded in one call (default {VECTORS}; on a GPU 1048576)"
-    parser.add_argument("--vectors", type=_positive, metavar="N", help=about)
+    parser.add_argument("--vectors", type=positive, metavar="N", help=about)
     for option, size in {"--group": 32, "--stages": 8, "--codebook-size": 256}.items():
-        parser.add_argument(option, type=_positive, default=size, metavar="N", help=f"default {size}")
-    parser.add_argument("--repeats", type=_positive, default=5, metavar="N", help="medians of so many runs (default 5)")
+        parser.add_argument(option, type=positive, default=size, metavar="N", help=f"default {size}")
+    parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="medians of so many runs (default 5)")
     _backend(parser)
     _json(parser)
     _record(parser)
@@ -350,7 +365,7 @@ def _text(parser: Any, about: str, required: bool) -> None:
 
 
 def _set(parser: argparse.ArgumentParser, about: str) -> None:
-    parser.add_argument("--set", action="append", type=_pair, default=[], metavar="key=value", dest="changes", help=about)
+    parser.add_argument("--set", action="append", type=pair, default=[], metavar="key=value", dest="changes", help=about)
 
 
 def _json(parser: argparse.ArgumentParser) -> None:
@@ -360,41 +375,3 @@ def _json(parser: argparse.ArgumentParser) -> None:
 def _record(parser: argparse.ArgumentParser) -> None:
     about = f"append result and machine to DIR (default {RESULTS})"
     parser.add_argument("--record", nargs="?", const=RESULTS, metavar="DIR", help=about)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def _above_zero(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return number
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(_positive(part) for part in text.split(","))
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(","))
-
-
-def _percents(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not numbers with commas between") from None
-
-
-def _pair(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not (key and equals and value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not key=value")
-    return key, value

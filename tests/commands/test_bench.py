@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from command_world import Ran, World, refused
 
+from kvfold.bench import serve
 from kvfold.ops import native
 
 NEEDS_NATIVE = pytest.mark.skipif(not native.available_isas(), reason=native.MISSING)
@@ -76,3 +78,17 @@ def test_bench_encode_measures_every_beam(run: Callable[..., Ran]) -> None:
 )
 def test_bench_refuses(run: Callable[..., Ran], argv: list[str], told: str) -> None:
     refused(run("bench", *argv, "--repeats", "1"), told)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is there")
+def test_bench_serve_without_vllm_says_what_to_install(run: Callable[..., Ran], world: World) -> None:
+    refused(run("bench", "serve", world.model, "--codec", world.codec), "the package vllm")
+
+
+def test_bench_serve_refuses_sizes_before_an_engine_starts(
+    run: Callable[..., Ran], world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "find_spec", lambda name: name)
+    given = ["bench", "serve", world.model, "--codec", world.codec]
+    refused(run(*given, "--context", "512"), "within the model's 512")
+    refused(run(*given, "--context", "400", "--requests", "5000", "--text", world.text), "text of at least")

@@ -36,6 +36,22 @@ def test_vllm_gets_the_codec_and_everything_after_the_dashes(
     assert "--attention-backend" not in command
 
 
+def test_prefixes_are_kept_where_asked(
+    run: Callable[..., Ran], world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    started: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda program, command: started.append(command))
+    given = ["serve", world.model, "--codec", world.codec]
+    assert run(*given, "--prefixes", str(tmp_path), "--prefix-gib", "2.5").status == 0
+    assert run(*given).status == 0
+    with_prefixes, without = started
+    told = json.loads(with_prefixes[with_prefixes.index("--kv-transfer-config") + 1])
+    assert told["kv_connector_extra_config"] == {"folder": str(tmp_path), "max_gib": 2.5}
+    assert "--kv-transfer-config" not in without
+    refused(run(*given, "--prefix-gib", "2"), "--prefixes DIR")
+
+
 @pytest.mark.skipif(VLLM, reason="vLLM is there")
 def test_without_vllm_it_says_what_to_install(run: Callable[..., Ran], world: World) -> None:
     refused(run("serve", world.model, "--codec", world.codec), "the package vllm")

@@ -10,6 +10,7 @@ from kvfold.bench import bench_attend, bench_encode, bench_generate
 from kvfold.bench.attend import CONTEXTS
 from kvfold.bench.encode import VECTORS
 from kvfold.bench.plot import plot_times
+from kvfold.bench.serve import bench_serve
 from kvfold.codecs.artifact import load
 from kvfold.commands.common import (
     check_outputs,
@@ -151,3 +152,31 @@ def _encoding_on_gpu(args: argparse.Namespace, sizes: dict[str, Any]) -> None:
     head = f"milliseconds for {results[0]['vectors']:,} vectors, {results[0]['device']}"
     emit(args, {"encode": results, "prefill": prefill}, f"{head}\n{table(rows)}\n\n{told}")
     record_if_asked(args, "bench-encode", {"results": results, "prefill": prefill})
+
+
+def bench_serving(args: argparse.Namespace) -> None:
+    """`kvfold bench serve`."""
+    load(args.codec)
+    check_outputs(args, "bench-serve")
+    prepare(args)
+    results = bench_serve(
+        args.model,
+        args.codec,
+        requests=args.requests,
+        context=args.context,
+        new_tokens=args.new_tokens,
+        repeats=args.repeats,
+        text=args.text,
+        dtype=args.dtype,
+        device=args.device,
+        cache_gib=args.cache_gib,
+    )
+    rows = [["cache", "tokens that fit", "prefill s", "tokens/s", "speed-up"]]
+    for one in results:
+        name = "kvfold" if one["cache"] == "kvfold" else f"vLLM's, {one['dtype']}"
+        speeds = [f"{one['prefill_s']:.1f}", f"{one['tokens_per_s']:.2f}", f"{one['speedup']:.2f}"]
+        rows.append([name, f"{one['capacity']:,}", *speeds])
+    first = results[0]
+    head = f"{first['requests']} requests of {first['context']} tokens together, {first['new_tokens']} decoded after each"
+    emit(args, results, f"{head}\n{table(rows)}")
+    record_if_asked(args, "bench-serve", {"results": results})

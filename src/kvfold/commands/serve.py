@@ -18,9 +18,11 @@ def serve(args: argparse.Namespace) -> None:
     """`kvfold serve`: this process becomes vLLM's, so signals and exit status are its.
 
     Raises:
-        InputError: no vLLM, no such codec or model file.
+        InputError: no vLLM, no such codec or model file; a limit for prefixes that are not kept.
     """
     chosen_codecs(args)
+    if args.prefix_gib is not None and args.prefixes is None:
+        raise InputError("--prefix-gib with --prefixes DIR", "it alone", "name a folder, or leave it out")
     command = command_line(args)
     if importlib.util.find_spec("vllm") is None:
         raise InputError("the package vllm", "no such package", "pip install kvfold[vllm], or for the CPU see docs/serving.md")
@@ -34,4 +36,17 @@ def command_line(args: argparse.Namespace) -> list[str]:
     device = [] if args.device == "cpu" else ["--attention-backend", "CUSTOM"]
     more = ["--additional-config", json.dumps({"kvfold": told})]
     vllm = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model_folder(args.model)]
-    return [*vllm, "--dtype", args.dtype, *device, *more, *args.options]
+    return [*vllm, "--dtype", args.dtype, *device, *more, *_prefixes(args), *args.options]
+
+
+def _prefixes(args: argparse.Namespace) -> list[str]:
+    if args.prefixes is None:
+        return []
+    folder = {"folder": str(Path(args.prefixes).resolve())}
+    limit = {} if args.prefix_gib is None else {"max_gib": args.prefix_gib}
+    connector = {
+        "kv_connector": "PrefixConnector",
+        "kv_connector_module_path": "kvfold.serving.connector",
+        "kv_role": "kv_both",
+    }
+    return ["--kv-transfer-config", json.dumps({**connector, "kv_connector_extra_config": {**folder, **limit}})]

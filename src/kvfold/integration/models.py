@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -37,15 +38,24 @@ def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> tuple[
     """
     if device == AUTO and importlib.util.find_spec("accelerate") is None:
         raise InputError("the package accelerate, for --device auto", "no such package", "pip install accelerate")
-    folder = model_folder(name)
     placed = {"device_map": AUTO} if device == AUTO else {}
+    tokenizer = load_tokenizer(name)
+    model = _loaded(name, lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype=_DTYPES[dtype], **placed))
+    return (model.eval() if device == AUTO else model.eval().to(device)), tokenizer
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of the model that `load_model` calls so; the same errors."""
+    return _loaded(name, AutoTokenizer.from_pretrained)
+
+
+def _loaded(name: str, load: Callable[[str], Any]) -> Any:
+    folder = model_folder(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=_DTYPES[dtype], **placed)
+        return load(folder)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise InputError("a folder, hub name, .gguf file or 'smollm2'", f"{name!r} ({first})", "check the name") from None
-    return (model.eval() if device == AUTO else model.eval().to(device)), tokenizer
 
 
 def input_device(model: Any) -> torch.device:
