@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from command_world import Ran, World, files, refused, save_model
 
-from kvfold.codecs import METHODS, resolve_settings
+from kvfold.codecs import METHODS, build_codec, resolve_settings
 from kvfold.evaluate import compare as comparing
 
 NAMES = "rvq:stages=2:group=8:codebook_size=16:iterations=2:distill_steps=2,turboquant:bits=3,identity"
@@ -184,7 +184,10 @@ def test_what_is_compared_by_itself_can_be_made() -> None:
     assert len(set(comparing.CODECS)) == len(comparing.CODECS) == sum(len(row.compared) for row in METHODS.values())
     for name in comparing.CODECS:
         method, changes = comparing.parse_codec(name)
-        resolve_settings(method, changes, 64)
+        for head_dim in (64, 128):
+            settings = resolve_settings(method, changes, head_dim)
+            for side in ("key", "value"):
+                assert build_codec(method, side, head_dim, settings).head_dim == head_dim
 
 
 @pytest.mark.parametrize(

@@ -257,7 +257,7 @@ METHODS: dict[str, Method] = {
         "Lei et al. 2024, arXiv 2403.07320; Savkin et al. 2025, arXiv 2502.09720",
         {"bits": 2.0, "scales": 4, "transform": "pca", "rope": "pre", "scale_bits": 8},
         _build_lattice,
-        compared=("bits=1", "bits=2", "bits=3", "bits=4"),
+        compared=("bits=1.25", "bits=2", "bits=3", "bits=4"),
     ),
     "decoquant": Method(
         "chunks split into a large factor in integers and a small exact one",
