@@ -46,11 +46,11 @@ def expected(layer: PagedLayer, query: Tensor, keys: Tensor, values: Tensor, win
 
 @pytest.mark.parametrize("window", [None, 3])
 def test_rows_of_a_mixed_batch_read_their_own_pages(layer: PagedLayer, window: int | None) -> None:
-    """A prompt, two steps of other lengths, an absent row and the end of a prompt in chunks, pages shuffled."""
-    lengths, queries = [7, 13, 5, 0, 9], [7, 1, 1, 1, 4]
+    """A prompt, steps of like and other lengths, an absent row and the end of a prompt in chunks, pages shuffled."""
+    lengths, queries = [7, 13, 5, 0, 9, 12, 13], [7, 1, 1, 1, 4, 1, 1]
     pages = poisoned(layer, 40)
     order = torch.randperm(40)
-    table = torch.full((5, 6), -1)
+    table = torch.full((7, 6), -1)
     rows, used, query = [], 0, []
     for row, (length, count) in enumerate(zip(lengths, queries, strict=True)):
         needed = -(-length // BLOCK)

@@ -140,7 +140,7 @@ class PagedLayer:
         out = torch.zeros(query.shape[0], query.shape[1], self._value.head_dim, device=query.device)
         starts = list(accumulate(queries, initial=0))
         steps = [row for row, asked in enumerate(queries) if asked == 1 and lengths[row]]
-        groups = [steps] if steps else []  # rows of one query each are attended together
+        groups = _alike(steps, lengths)  # rows of one query each are attended together
         groups += [[row] for row, asked in enumerate(queries) if asked > 1 and lengths[row]]
         for rows in groups:
             count = queries[rows[0]]
@@ -155,6 +155,17 @@ class PagedLayer:
             mixed = attend(chosen, *coded, rotation, mask, softmax_scale, softcap)[0]
             out[where] = mixed.transpose(1, 2).flatten(0, 1)
         return out
+
+
+def _alike(rows: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+    """`rows` in groups whose longest is at most a quarter longer than the shortest: a group costs its longest for each."""
+    groups: list[list[int]] = []
+    for row in sorted(rows, key=lambda row: lengths[row]):
+        if groups and 4 * lengths[row] <= 5 * lengths[groups[-1][0]]:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
 
 
 def _mask(slot: Tensor, lengths: Sequence[int], queries: int, window: int | None) -> Tensor | None:
