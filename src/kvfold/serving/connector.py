@@ -54,7 +54,8 @@ class PrefixConnector(KVConnectorBase_V1):
         if codecs is None:
             raise InputError("a codec, whose codes are kept", "vLLM without one", "name a codec (docs/serving.md)")
         told = self._kv_transfer_config.kv_connector_extra_config
-        if "folder" not in told or set(told) - {"folder", "max_gib"}:
+        gib = told.get("max_gib", 1)
+        if "folder" not in told or set(told) - {"folder", "max_gib"} or not isinstance(gib, int | float) or gib <= 0:
             raise InputError('{"folder": DIR, "max_gib": N} for the connector', repr(told), "correct it")
         parallel, model = vllm_config.parallel_config, vllm_config.model_config
         if parallel.pipeline_parallel_size > 1:
@@ -66,7 +67,7 @@ class PrefixConnector(KVConnectorBase_V1):
         ranks = parallel.tensor_parallel_size
         heads = max(1, codecs.spec.kv_heads // ranks)
         shape = (len(codecs.spec.layers), heads, self._page, token_bytes(codecs))
-        limit = None if "max_gib" not in told else int(float(told["max_gib"]) * 2**30)
+        limit = None if "max_gib" not in told else int(gib * 2**30)
         here = range(ranks) if role == KVConnectorRole.SCHEDULER else [parallel.rank]
         self._stores = [PrefixStore(Path(told["folder"]), shape, limit, f"{rank}of{ranks}") for rank in here]
         self._rows: dict[str, _Row] = {}
