@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 
 from kvfold import ops
 from kvfold.ops.attend import gpu as attend
+from kvfold.ops.attend import gpu_step
 from kvfold.ops.decode import gpu as decode
 from kvfold.ops.encode import gpu as encode
 from kvfold.packing import pack
@@ -33,6 +34,7 @@ POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
+KERNELS = ("_queries", "_scores", "_tables", "_look_up", "_mix", "_attend", "_join", "_greedy", "_beam", "_decode")
 DIVISIBLE = [["tt.divisibility", 16]]
 
 
@@ -98,17 +100,20 @@ def attention(dim: int, queries: int, way: str, dtype: torch.dtype, size: int = 
 
 
 def main(everything: bool) -> None:
-    for module in (attend, encode, decode):
+    for module in (attend, gpu_step, encode, decode):
         for name, thing in list(vars(module).items()):
-            if isinstance(thing, triton.JITFunction) and name in ("_attend", "_join", "_greedy", "_beam", "_decode"):
+            if isinstance(thing, triton.JITFunction) and name in KERNELS:
                 setattr(module, name, Recorder(thing))
     attend.processors = lambda device: 132
     attention(128, 1, "post", torch.bfloat16)
     attention(128, 1, "pre", torch.bfloat16)
+    attention(128, 1, "center", torch.bfloat16)
     attention(64, 1, "center", torch.float32)
     attention(128, 512, "pre", torch.bfloat16)
     if everything:
-        attention(128, 1, "pre", torch.bfloat16, heads=32)
+        attention(128, 1, "post", torch.bfloat16, heads=32)
+        attention(128, 4, "pre", torch.bfloat16)
+        attention(64, 1, "pre", torch.bfloat16, heads=6)
         attention(128, 512, "post", torch.bfloat16)
         attention(128, 512, "center", torch.bfloat16)
         attention(128, 512, "pre", torch.float32)

@@ -94,8 +94,9 @@ def test_a_beam_that_holds_everything_is_exhaustive_search(backend: str, size: i
 
 
 def test_a_wider_beam_never_fits_the_training_set_worse(backend: str) -> None:
-    codec = fit("rvq", stages=4)
-    x = samples()
+    with torch.device("cpu"):
+        codec, x = fit("rvq", stages=4), samples()
+    codec, x = codec.to(torch.get_default_device()), x.to(torch.get_default_device())
     vectors = (x / x.std(-1, keepdim=True))[None][..., codec.channels]
 
     def error(beam: int) -> float:

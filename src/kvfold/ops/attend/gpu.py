@@ -10,7 +10,7 @@ own channels. A few queries over keys after RoPE score from a table, `q . codewo
 
 What bounds it: reading the codewords of a token, `2 S D` bytes of a float16 table that stays in the first-level cache, beside
 `S D / d` bytes of codes from memory; with tables of scores `4 S P` bytes a query head in place of the keys' `2 S D`. Products
-run on tensor cores (TF32, or three TF32 products for float32 queries). Nothing is asked of the device on the way, so calls may
+run on tensor cores (float16, or three products in TF32 for float32 queries). Nothing is asked of the device on the way, so calls may
 be captured in a CUDA graph. A code that names no codeword cannot be told without asking; it reads the last codeword.
 """
 
@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvfold.ops.attend import gpu_step
 from kvfold.ops.attend.naive import Coded, Rotation
 from kvfold.ops.interpreter import interpreted
 
@@ -58,12 +59,6 @@ class _Side(NamedTuple):
         groups, dim = self.coded.channels.shape
         chosen = x[..., self.coded.channels]  # [..., P, d]
         return torch.nn.functional.pad(chosen, (0, self.width - dim, 0, self.groups - groups)).flatten(-2)
-
-    def scatter(self, x: Tensor) -> Tensor:
-        """Inverse of `gather`."""
-        groups, dim = self.coded.channels.shape
-        chosen = x.unflatten(-1, (self.groups, self.width))[..., :groups, :dim].flatten(-2)
-        return chosen.index_select(-1, self.coded.channels.flatten().argsort())
 
     def arguments(self) -> tuple:
         coded = self.coded
@@ -147,7 +142,7 @@ def _attend(
     V_STAGES: tl.constexpr, V_GROUPS: tl.constexpr, V_DIM: tl.constexpr, V_SIZE: tl.constexpr, V_BITS: tl.constexpr,
     V_PADDED: tl.constexpr, V_WIDTH: tl.constexpr,
     ROTATED: tl.constexpr, CENTERED: tl.constexpr, TABLES: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr,
-    ROWS: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """A block of `ROWS` query rows (query heads of a KV head, times queries) over one split of the keys."""
     pair = tl.program_id(0)
@@ -192,15 +187,15 @@ def _attend(
             )  # fmt: skip
             if ROTATED:
                 cos, sin = _turn(turns + batch * turns_b + far * (2 * angles), angles, pair_of, inside)
-                scores = tl.dot(a, tl.trans(keys * cos), input_precision=PRECISION)
-                scores += tl.dot(b, tl.trans(keys * sin), input_precision=PRECISION)
+                scores = tl.dot(a, tl.trans((keys * cos).to(a.dtype)), input_precision="tf32x3")
+                scores += tl.dot(b, tl.trans((keys * sin).to(a.dtype)), input_precision="tf32x3")
             else:
-                scores = tl.dot(a, tl.trans(keys), input_precision=PRECISION)
+                scores = tl.dot(a, tl.trans(keys.to(a.dtype)), input_precision="tf32x3")
         scores *= _scale(k_scale + batch * ks_b + head * ks_g + far * ks_t, inside)[None, :]
         if CENTERED:
             cos, sin = _turn(turns + batch * turns_b + far * (2 * angles), angles, pair_of, inside)
-            scores += tl.dot(a_center, tl.trans(cos), input_precision=PRECISION)
-            scores += tl.dot(b_center, tl.trans(sin), input_precision=PRECISION)
+            scores += tl.dot(a_center, tl.trans(cos.to(a.dtype)), input_precision="tf32x3")
+            scores += tl.dot(b_center, tl.trans(sin.to(a.dtype)), input_precision="tf32x3")
         scores *= softmax_scale
         if CAPPED:
             scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)  # tanh
@@ -220,8 +215,12 @@ def _attend(
             v_packed + batch * v_b + head * v_g + far * v_t, v_byte, v_books, v_book, heads, head, inside,
             V_STAGES, V_GROUPS, V_DIM, V_SIZE, V_BITS, V_PADDED, V_WIDTH, TOKENS,
         )  # fmt: skip
-        values *= _scale(v_scale + batch * vs_b + head * vs_g + far * vs_t, inside)[:, None]
-        mixed = mixed * kept[:, None] + tl.dot(share, values, input_precision=PRECISION)
+        # The scales go with the shares, relative to the largest: whatever their size, float16 holds the products.
+        scale = _scale(v_scale + batch * vs_b + head * vs_g + far * vs_t, inside)
+        largest = tl.max(scale, 0)
+        share *= (scale / tl.where(largest > 0, largest, 1.0))[None, :]
+        part = tl.dot(share.to(a.dtype), values.to(a.dtype), input_precision="tf32x3")
+        mixed = mixed * kept[:, None] + part * largest
     target = split.to(tl.int64) * tl.num_programs(0) * rows + at
     lanes = tl.arange(0, V_PADDED * V_WIDTH)
     seen_any = weight > 0
@@ -231,10 +230,13 @@ def _attend(
 
 
 @triton.jit
-def _join(parts, lses, out, lse, rows, splits, SPLITS: tl.constexpr, WIDTH: tl.constexpr):
-    """One row's outputs over all splits, weighted by their log-sum-exp (`ops/merge.py`)."""
+def _join(
+    parts, lses, out, lse, channels, rows, splits, groups, dim,
+    SPLITS: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """One row's outputs over all splits, weighted by their log-sum-exp (`ops/merge.py`), channels back in their places."""
     row = tl.program_id(0).to(tl.int64)
-    split, lane = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
+    split, lane = tl.arange(0, SPLITS), tl.arange(0, PADDED * WIDTH)
     at = split.to(tl.int64) * rows + row
     part_lse = tl.load(lses + at, mask=split < splits, other=float("-inf"))
     top = tl.max(part_lse, 0)
@@ -242,9 +244,12 @@ def _join(parts, lses, out, lse, rows, splits, SPLITS: tl.constexpr, WIDTH: tl.c
     total = tl.sum(share, 0)
     seen_any = total > 0
     total = tl.where(seen_any, total, 1.0)
-    part = tl.load(parts + at[:, None] * WIDTH + lane[None, :], mask=(split < splits)[:, None], other=0.0)
+    part = tl.load(parts + at[:, None] * (PADDED * WIDTH) + lane[None, :], mask=(split < splits)[:, None], other=0.0)
     mixed = tl.sum(part * share[:, None], 0)
-    tl.store(out + row * WIDTH + lane, mixed / total)
+    group, entry = lane // WIDTH, lane % WIDTH
+    real = (group < groups) & (entry < dim)
+    channel = tl.load(channels + group * dim + entry, mask=real, other=0)
+    tl.store(out + row * (groups * dim) + channel, mixed / total, mask=real)
     tl.store(lse + row, tl.where(seen_any, top + tl.log(total), float("-inf")))
 
 
@@ -265,23 +270,50 @@ def attend(
     if not (tokens and rows):
         out = torch.zeros(batch, heads, queries, value.channels.numel(), **made)
         return out, torch.full((batch, heads, queries), -torch.inf, **made)
+    if gpu_step.takes(query, key, value):
+        most = processors(query.device)
+        parts, lses = gpu_step.partial(query, key, value, rotation, mask, softmax_scale, softcap, most)
+    else:
+        parts, lses = _partial(query, key, value, rotation, mask, softmax_scale, softcap)
+    out = torch.empty(batch, heads, queries, value.channels.numel(), **made)
+    lse = torch.empty(batch, heads, queries, **made)
+    splits, padded = parts.shape[0], triton.next_power_of_2(value.channels.shape[0])
+    places = (splits, *value.channels.shape, triton.next_power_of_2(splits), padded, parts.shape[-1] // padded)
+    _join[(lse.numel(),)](parts, lses, out, lse, value.channels.contiguous(), lse.numel(), *places)
+    return out, lse
+
+
+def _partial(
+    query: Tensor,
+    key: Coded,
+    value: Coded,
+    rotation: Rotation | None,
+    mask: Tensor | None,
+    softmax_scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Outputs `[splits, B * G, rows, padded channels of the values]` and their lse, for any shape."""
+    batch, heads, queries, _ = query.shape
+    kv_heads, tokens = key.packed.shape[1:3]
+    rows = heads // kv_heads * queries
+    made: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
     keys, values = _Side.of(key), _Side.of(value)
     rotated = rotation is not None and key.center is None
     centered = rotation is not None and key.center is not None
     tabled = not rotated and rows <= _TABLE_ROWS and key.codebooks.shape[1] <= _TABLE_SIZE
     by_head = query.float().reshape(batch, kv_heads, rows, -1)  # rows: query heads of the KV head, queries of each
-    precise = query.dtype == torch.float32
+    factors = torch.float32 if query.dtype == torch.float32 else torch.float16  # of products
     nothing = by_head  # what a kernel that was told so never reads
     turns = column = a = b = nothing
     if rotation is not None:
-        turns, column = _turns(rotation, keys, torch.float32 if precise else torch.float16)
+        turns, column = _turns(rotation, keys, factors)
         a, b = _turned_queries(by_head, rotation)
-    plain = keys.gather(a if rotated else by_head)
-    away = keys.gather(b) if rotated else nothing
+    plain = keys.gather(a if rotated else by_head).to(factors)
+    away = keys.gather(b).to(factors) if rotated else nothing
     center = [nothing, nothing]
     if centered:
         assert key.center is not None
-        center = [keys.gather(x * key.center[:, None]) for x in (a, b)]
+        center = [keys.gather(x * key.center[:, None]).to(factors) for x in (a, b)]
     look = nothing if mask is None else mask.view(torch.uint8)
     tile, block, warps = _blocks(rows, max(keys.padded, values.padded))
     row_blocks = triton.cdiv(rows, block)
@@ -299,16 +331,10 @@ def attend(
         *keys.sizes(),
         *values.sizes(),
         *(rotated, centered, tabled, mask is not None, softcap is not None),
-        *(block, tile, "tf32x3" if precise else "tf32"),
+        *(block, tile),
         num_warps=warps,
     )
-    if splits == 1:
-        out, lse = parts[0], lses[0]
-    else:
-        out, lse = torch.empty_like(parts[0]), torch.empty_like(lses[0])
-        count = batch * kv_heads * rows
-        _join[(count,)](parts, lses, out, lse, count, splits, triton.next_power_of_2(splits), width)
-    return values.scatter(out).view(batch, heads, queries, -1), lse.view(batch, heads, queries)
+    return parts, lses
 
 
 def _turns(rotation: Rotation, keys: _Side, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

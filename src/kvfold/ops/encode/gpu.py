@@ -1,13 +1,13 @@
 """Residual nearest-codeword search in Triton: one kernel runs all stages of a block of vectors, the codes of `naive.encode`.
 
 Residuals, scores and hypotheses stay in registers; codebooks come from the caches chunk by chunk. So memory hardly matters:
-greedy search is bound by its products, `2 C d` operations a stage and vector, a beam by selection, which passes over the
-scores of a chunk once for each hypothesis that the chunk improves.
+greedy search is bound by its products, `2 C d` operations a stage and vector, and by finding the best of `C` scores, a beam by
+selection, which passes over the scores of a chunk once for each hypothesis that is kept.
 
-Products are `tf32x3`: each factor is split into two of 11 bits, and three of their four products are added in float32. That
-keeps 22 of 24 bits, and all of them where vectors and codewords have 11 bits or fewer, as float16 has; `ieee` would keep 24,
-but leaves the tensor cores idle, and one product in `tf32` alone picks other codewords for some vectors. As with the CPU's
-op, two codewords whose distances differ by less than float32 resolves may be taken one for the other.
+Codewords in float16 meet residuals split into two float16 numbers, which keep 22 of 24 bits: two products on tensor cores,
+added in float32. Codewords of other types are multiplied as `tf32x3`: both factors are split into two of 11 bits, and three of
+their four products are added, at six times the cost. One product alone picks other codewords for some vectors. As with the
+CPU's op, two codewords whose distances differ by less than float32 resolves may be taken one for the other.
 """
 
 from __future__ import annotations
@@ -81,12 +81,10 @@ def _search(
     codes = torch.empty((batch, heads, tokens, stages, groups), dtype=dtype, device=vectors.device)
     if not codes.numel():
         return codes
-    # In float32 before the kernel: if it widened half-precision codewords itself, a compiler could take a single product
-    # of 11 bits for enough.
-    table = codebooks.float().contiguous()
-    half = (table * table).sum(-1) * 0.5
+    table = (codebooks if codebooks.dtype == torch.float16 else codebooks.float()).contiguous()
+    half = table.float().square().sum(-1) * 0.5
     given = (vectors, table, half, book.contiguous(), codes)
-    shape = (heads, tokens, groups, stages, size, dim, *vectors.stride())
+    shape = (heads, tokens, groups, stages, *vectors.stride())
     tiles = _tiles(tokens, size, dim, beam)
     grid = (batch * heads * groups * triton.cdiv(tokens, tiles["ROWS"]),)
     with torch.cuda.device_of(vectors):
@@ -105,11 +103,13 @@ def _tiles(tokens: int, size: int, dim: int, beam: int) -> dict[str, int]:
         flat = min(4096, (1 << 20) // padded)
         chunk = (1 << 20) // max(16, min(flat, width * triton.next_power_of_2(tokens)))
     else:  # 64 is what the matrix unit takes of four warps; the rest is what their registers hold, up to 128 channels
-        flat, chunk = 64 if padded <= 256 else 16, min(64, 2048 // padded)
+        flat, chunk = 64 if padded <= 256 else 16, min(64, 2048 // padded) if beam == 1 else min(256, 8192 // padded)
     return {
         "ROWS": max(1, 16 // width, min(flat // width, triton.next_power_of_2(tokens))),
         "CHUNK": max(16, min(chunk, triton.next_power_of_2(size))),
         "DIM": padded,
+        "SIZE": size,
+        "REAL": dim,
         "num_warps": 4 if padded <= 128 else 8,
         "num_stages": 3 if padded <= 128 else 2,
     }
@@ -126,59 +126,71 @@ def _place(heads, tokens, groups, ROWS: tl.constexpr):
 
 @triton.jit
 def _load(
-    vectors, pair, token, group, heads, tokens, dim, by_batch, by_head, by_token, by_group, by_channel, DIM: tl.constexpr
-):
+    vectors, pair, token, group, heads, tokens, by_batch, by_head, by_token, by_group, by_channel,
+    DIM: tl.constexpr, REAL: tl.constexpr,
+):  # fmt: skip
     """Vectors `[ROWS, DIM]` as float32, zeros behind the last token and channel."""
     channel = tl.arange(0, DIM).to(tl.int64)
     start = vectors + (pair // heads) * by_batch + (pair % heads) * by_head + group * by_group
-    inside = (token < tokens)[:, None] & (channel < dim)[None, :]
+    inside = (token < tokens)[:, None] & (channel < REAL)[None, :]
     return tl.load(start + token[:, None] * by_token + channel[None, :] * by_channel, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _closeness(residual, words, half, start, size, dim, CHUNK: tl.constexpr, DIM: tl.constexpr):
+def _closeness(
+    residual, words, half, start, CHUNK: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr, REAL: tl.constexpr
+):
     """`r . C[j] - ||C[j]||^2 / 2` for the codewords of a chunk; minus infinity behind the last."""
     column = start + tl.arange(0, CHUNK)
     channel = tl.arange(0, DIM)
-    inside = (channel < dim)[:, None] & (column < size)[None, :]
-    chunk = tl.load(words + column[None, :] * dim + channel[:, None], mask=inside, other=0.0)
-    length = tl.load(half + column, mask=column < size, other=float("inf"))
-    return tl.dot(residual, chunk, input_precision="tf32x3") - length[None, :]
+    at = words + column[None, :] * REAL + channel[:, None]
+    if SIZE % CHUNK == 0 and REAL == DIM:
+        chunk, length = tl.load(at), tl.load(half + column)
+    else:
+        chunk = tl.load(at, mask=(channel < REAL)[:, None] & (column < SIZE)[None, :], other=0.0)
+        length = tl.load(half + column, mask=column < SIZE, other=float("inf"))
+    if words.dtype.element_ty == tl.float16:
+        coarse = tl.minimum(tl.maximum(residual, -65504.0), 65504.0).to(tl.float16)  # what is larger is far from all codewords
+        score = tl.dot((residual - coarse.to(tl.float32)).to(tl.float16), chunk)
+        score = tl.dot(coarse, chunk, score)
+    else:
+        score = tl.dot(residual, chunk, input_precision="tf32x3")
+    return score - length[None, :]
 
 
 @triton.jit
 def _greedy(
     vectors, table, half, book, codes, mask, counts, sums, error,
-    heads, tokens, groups, stages, size, dim, by_batch, by_head, by_token, by_group, by_channel,
-    ROWS: tl.constexpr, CHUNK: tl.constexpr, DIM: tl.constexpr,
+    heads, tokens, groups, stages, by_batch, by_head, by_token, by_group, by_channel,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip
     pair, token, group = _place(heads, tokens, groups, ROWS)
-    residual = _load(vectors, pair, token, group, heads, tokens, dim, by_batch, by_head, by_token, by_group, by_channel, DIM)
+    residual = _load(vectors, pair, token, group, heads, tokens, by_batch, by_head, by_token, by_group, by_channel, DIM, REAL)
     channel = tl.arange(0, DIM)
     here = token < tokens
     counted = here
     if mask is not None:
         counted = here & (tl.load(mask + token, mask=here, other=0) != 0)
     for stage in range(0, stages):
-        start = tl.load(book + (stage * heads + pair % heads) * groups + group).to(tl.int64) * size
+        start = tl.load(book + (stage * heads + pair % heads) * groups + group).to(tl.int64) * SIZE
         best = tl.full([ROWS], float("-inf"), tl.float32)
         index = tl.zeros([ROWS], tl.int32)
-        for first in range(0, size, CHUNK):
-            score = _closeness(residual, table + start * dim, half + start, first, size, dim, CHUNK, DIM)
+        for first in range(0, SIZE, CHUNK):
+            score = _closeness(residual, table + start * REAL, half + start, first, CHUNK, DIM, SIZE, REAL)
             top = tl.max(score, 1)
             column = first + tl.arange(0, CHUNK)
-            lowest = tl.min(tl.where(score == top[:, None], column[None, :], size), 1)
+            lowest = tl.min(tl.where(score == top[:, None], column[None, :], SIZE), 1)
             better = top > best  # an equal one of a later chunk is not
             index = tl.where(better, lowest, index)
             best = tl.where(better, top, best)
         tl.store(codes + ((pair * tokens + token) * stages + stage) * groups + group, index, mask=here)
-        word = index[:, None] * dim + channel[None, :]  # of one codebook: far below 2^31
-        real = (channel < dim)[None, :]
+        word = index[:, None] * REAL + channel[None, :]  # of one codebook: far below 2^31
+        real = (channel < REAL)[None, :]
         if counts is not None:
-            row = stage * size
+            row = stage * SIZE
             tl.atomic_add(counts + row + index, tl.full([ROWS], 1.0, tl.float32), mask=counted, sem="relaxed")
-            tl.atomic_add(sums + row.to(tl.int64) * dim + word, residual, mask=counted[:, None] & real, sem="relaxed")
-        residual -= tl.load(table + start * dim + word, mask=real, other=0.0)
+            tl.atomic_add(sums + row.to(tl.int64) * REAL + word, residual, mask=counted[:, None] & real, sem="relaxed")
+        residual -= tl.load(table + start * REAL + word, mask=real, other=0.0).to(tl.float32)
     if error is not None:
         left = tl.where(counted[:, None], residual * residual, 0.0)
         tl.atomic_add(error, tl.sum(tl.sum(left, 1), 0), sem="relaxed")
@@ -187,13 +199,13 @@ def _greedy(
 @triton.jit
 def _beam(
     vectors, table, half, book, codes,
-    heads, tokens, groups, stages, size, dim, by_batch, by_head, by_token, by_group, by_channel,
-    ROWS: tl.constexpr, CHUNK: tl.constexpr, DIM: tl.constexpr,
+    heads, tokens, groups, stages, by_batch, by_head, by_token, by_group, by_channel,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr, REAL: tl.constexpr,
     BEAM: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`BEAM` hypotheses in `WIDTH` places, those not there with the order `_ABSENT`."""
     pair, token, group = _place(heads, tokens, groups, ROWS)
-    given = _load(vectors, pair, token, group, heads, tokens, dim, by_batch, by_head, by_token, by_group, by_channel, DIM)
+    given = _load(vectors, pair, token, group, heads, tokens, by_batch, by_head, by_token, by_group, by_channel, DIM, REAL)
     channel, level = tl.arange(0, DIM), tl.arange(0, STAGES)
     rank = tl.arange(0, WIDTH).to(tl.int64)
     here = token < tokens
@@ -201,51 +213,49 @@ def _beam(
     alive = tl.broadcast_to((rank < 1)[None, :], [ROWS, WIDTH])
     history = tl.zeros([ROWS, WIDTH, STAGES], tl.int32)
     for stage in range(0, stages):
-        start = tl.load(book + (stage * heads + pair % heads) * groups + group).to(tl.int64) * size
+        start = tl.load(book + (stage * heads + pair % heads) * groups + group).to(tl.int64) * SIZE
         flat = tl.reshape(residual, [ROWS * WIDTH, DIM])
         squares = tl.where(tl.reshape(alive, [ROWS * WIDTH]), tl.sum(flat * flat, 1), float("inf"))
         # Places behind the beam hold what is never the worst, so nothing replaces it.
         free = tl.where(rank < BEAM, _ABSENT, -_TAKEN) + rank
         best = tl.broadcast_to(free[None, :], [ROWS, WIDTH])
-        for first in range(0, size, CHUNK):
-            score = _closeness(flat, table + start * dim, half + start, first, size, dim, CHUNK, DIM)
-            keys = _keys(squares[:, None] - 2 * score, first, size, WIDTH)
-            best = _merge(best, tl.reshape(keys, [ROWS, WIDTH * CHUNK]))
+        for first in range(0, SIZE, CHUNK):
+            score = _closeness(flat, table + start * REAL, half + start, first, CHUNK, DIM, SIZE, REAL)
+            errors = squares[:, None] - 2 * score
+            index = first + tl.arange(0, CHUNK)
+            for _ in range(BEAM):  # the next best of the chunk, if it is one of the best so far
+                least = tl.min(errors, 1)
+                found = tl.min(tl.where(errors == least[:, None], index[None, :], SIZE - 1), 1)
+                keys = tl.reshape(_keys(least, found, SIZE, WIDTH), [ROWS, WIDTH])
+                key = tl.min(keys, 1)
+                worst = tl.max(best, 1)
+                replaced = (best == worst[:, None]) & (key < worst)[:, None]
+                best = tl.where(replaced, key[:, None], best)
+                taken = tl.reshape(keys == key[:, None], [ROWS * WIDTH])
+                errors = tl.where(taken[:, None] & (index[None, :] == found[:, None]), float("inf"), errors)
         best = _ascending(tl.where((rank < BEAM)[None, :], best, _ABSENT + rank[None, :]), WIDTH)
         alive = best < _ABSENT
         column = (best & 0xFFFFFFFF).to(tl.int32)
         history = tl.where((level == stage)[None, None, :], column[:, :, None], history)
-        residual = _follow(residual, column // size, WIDTH)
-        word = (column % size)[:, :, None] * dim + channel[None, None, :]
-        residual -= tl.load(table + start * dim + word, mask=(channel < dim)[None, None, :], other=0.0)
+        residual = _follow(residual, column // SIZE, WIDTH)
+        word = (column % SIZE)[:, :, None] * REAL + channel[None, None, :]
+        residual -= tl.load(table + start * REAL + word, mask=(channel < REAL)[None, None, :], other=0.0).to(tl.float32)
     parent = tl.zeros([ROWS], tl.int32)  # of the best at the end; its codes are read from the last to the first
     for back in range(0, stages):
         stage = stages - 1 - back
         taken = (rank[None, :] == parent[:, None])[:, :, None] & (level == stage)[None, None, :]
         column = tl.sum(tl.sum(tl.where(taken, history, 0), 2), 1)
-        tl.store(codes + ((pair * tokens + token) * stages + stage) * groups + group, column % size, mask=here)
-        parent = column // size
+        tl.store(codes + ((pair * tokens + token) * stages + stage) * groups + group, column % SIZE, mask=here)
+        parent = column // SIZE
 
 
 @triton.jit
-def _keys(errors, first, size, WIDTH: tl.constexpr):
+def _keys(errors, index, SIZE: tl.constexpr, WIDTH: tl.constexpr):
     """Integers that order as (error, parent, codeword): float bits order like integers. An infinite error is no candidate."""
-    parent, index = tl.arange(0, errors.shape[0]) % WIDTH, first + tl.arange(0, errors.shape[1])
+    parent = tl.arange(0, errors.shape[0]) % WIDTH
     bits = errors.to(tl.int32, bitcast=True)
     order = tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits).to(tl.int64)
-    return tl.where(errors < float("inf"), (order << 32) + (parent * size)[:, None] + index[None, :], _TAKEN)
-
-
-@triton.jit
-def _merge(best, keys):
-    """The lowest of `best` and `keys`, as many as `best` has, in any order; no two are equal."""
-    lowest, worst = tl.min(keys, 1), tl.max(best, 1)
-    while tl.max((lowest < worst).to(tl.int32), 0) > 0:
-        replaced = (best == worst[:, None]) & (lowest < worst)[:, None]
-        best = tl.where(replaced, lowest[:, None], best)
-        keys = tl.where(keys == lowest[:, None], _TAKEN, keys)
-        lowest, worst = tl.min(keys, 1), tl.max(best, 1)
-    return best
+    return tl.where(errors < float("inf"), (order << 32) + (parent * SIZE + index), _TAKEN)
 
 
 @triton.jit
