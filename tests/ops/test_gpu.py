@@ -81,7 +81,7 @@ def test_ragged_rows_and_sliding_windows_are_masks() -> None:
 @pytest.mark.parametrize("processors", [1, 3, 64])
 def test_splits_of_the_keys_do_not_show(processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "processors", lambda device: processors)
-    monkeypatch.setattr(gpu, "_blocks", lambda rows, width: (32, 16, 4))
+    monkeypatch.setattr(gpu, "_blocks", lambda rows, width, half: (32, 16, 4))
     mask = torch.rand(2, 1, 1, 300) < 0.5
     mask[0, :, :, :128] = False  # whole splits that nothing is seen of
     check(torch.randn(2, 2, 1, 16), coded(1, 300, 16), coded(1, 300, 16), None, mask)

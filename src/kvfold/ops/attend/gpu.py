@@ -315,7 +315,7 @@ def _partial(
         assert key.center is not None
         center = [keys.gather(x * key.center[:, None]).to(factors) for x in (a, b)]
     look = nothing if mask is None else mask.view(torch.uint8)
-    tile, block, warps = _blocks(rows, max(keys.padded, values.padded))
+    tile, block, warps = _blocks(rows, max(keys.padded, values.padded), factors == torch.float16)
     row_blocks = triton.cdiv(rows, block)
     splits, each = _splits(batch * kv_heads * row_blocks, tokens, tile, query.device)
     width = values.padded
@@ -368,10 +368,12 @@ def _tables(query: Tensor, key: Coded) -> Tensor:
     return torch.einsum("sgpcd,bgrpd->bgspcr", codewords, query[..., key.channels]).contiguous()
 
 
-def _blocks(rows: int, width: int) -> tuple[int, int, int]:
+def _blocks(rows: int, width: int, half: bool) -> tuple[int, int, int]:
     """Tokens of a tile, query rows of a program, warps."""
     if interpreted():  # where a program costs whatever its size
         return 512, max(_LEAST, min(1024, triton.next_power_of_2(rows))), 4
+    if half and width <= 128 and rows > 64:
+        return 64, 128, 8
     block = max(_LEAST, min(64 if width <= 128 else 32, triton.next_power_of_2(rows)))
     return 32, block, 4 if width <= 128 else 8
 

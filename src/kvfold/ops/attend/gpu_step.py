@@ -85,8 +85,8 @@ def partial(
     inv_freq, turned = (None, 0) if rotation is None else (rotation.inv_freq, len(rotation.inv_freq))
     factor, interleaved = (1.0, False) if rotation is None else (rotation.factor, rotation.interleaved)
     _queries[(pairs,)](
-        *(query.contiguous(), key.channels, inv_freq, key.center, turning, frequency),
-        *(kv_heads, rows, turned, factor, interleaved, width, tall),
+        *(query.contiguous(), key.channels, inv_freq, turning, frequency),
+        *(rows, turned, factor, interleaved, width, tall),
     )
     logits = torch.empty(pairs, tokens, tall, **made)
     look = None if mask is None else mask.view(torch.uint8)
@@ -95,12 +95,13 @@ def partial(
     positions = None if rotation is None else rotation.positions
     places = (positions, 0 if positions is None or len(positions) == 1 else positions.stride(0))
     sizes = (stages, groups, key.channels.shape[1], size)
+    center = None if key.center is None else key.center[:, key.channels.flatten()].half()
     tile = 512 if interpreted() else _TILE
 
     def scores(kind: str, more: bool) -> None:
         count, each = _splits(pairs, tokens, tile, processors)
-        arguments = (turning[1:] if kind == "center" else turning, frequency, *places, logits, *_arguments(key), kv_heads, each, *finish)
-        _scores[(count, pairs)](*arguments, kind, more, *sizes, max(8, tall), tall, tile, num_warps=_WARPS, num_stages=1)
+        arguments = (turning, frequency, *places, center, logits, *_arguments(key), kv_heads, each, *finish)
+        _scores[(count, pairs)](*arguments, kind, more, *sizes, max(16, tall), tall, tile, num_warps=_WARPS, num_stages=1)
 
     if key.center is not None:
         scores("center", False)
@@ -170,7 +171,7 @@ def _sum_of(
     """
     stage, group, lane = first + tl.arange(0, COUNT), tl.arange(0, GROUPS), tl.arange(0, DIM)
     table = tl.load(book + (stage[None, :] * heads + head) * GROUPS + group[:, None]).to(tl.int32)
-    word = tl.load(words[:, None] + stage[None, :], mask=inside[:, None], other=0)
+    word = tl.load(words[:, None] + stage[None, :], mask=inside[:, None], other=0, cache_modifier=".cg")
     code = ((word[:, None, :] >> (8 * group)[None, :, None].to(word.dtype)) & 255).to(tl.int32)
     start = (table[None, :, :] * SIZE + tl.minimum(code, SIZE - 1)) * DIM
     return tl.sum(tl.load(codebooks + start[:, :, :, None] + lane[None, None, None, :]), 2)
@@ -195,27 +196,23 @@ def _decoded(
 
 
 @triton.jit
-def _finished(
-    score, batch, token, inside, row, rows, queries, mask, mask_b, mask_q, mask_t, softmax_scale, softcap
-):
-    """Logits of `score [TOKENS, ROWS]`: scaled, capped, minus infinity where a query may not look."""
+def _finished(score, batch, token, there, row, queries, mask, mask_b, mask_q, mask_t, softmax_scale, softcap):
+    """Logits of `score [ROWS, TOKENS]`: scaled, capped, minus infinity where a query may not look."""
     score *= softmax_scale
     if softcap is not None:
         score = softcap * (2 * tl.sigmoid(2 * score / softcap) - 1)  # tanh
     if mask is not None:
-        look = mask + batch * mask_b + (row % queries).to(tl.int64)[None, :] * mask_q + token.to(tl.int64)[:, None] * mask_t
-        seen = inside[:, None] & (row < rows)[None, :]
-        score = tl.where(tl.load(look, mask=seen, other=0) != 0, score, float("-inf"))
+        look = mask + batch * mask_b + (row % queries).to(tl.int64)[:, None] * mask_q + token.to(tl.int64)[None, :] * mask_t
+        score = tl.where(tl.load(look, mask=there, other=0) != 0, score, float("-inf"))
     return score
 
 
 @triton.jit
 def _queries(
-    query, channels, inv_freq, center, turning, frequency, heads, rows, turned, factor,
+    query, channels, inv_freq, turning, frequency, rows, turned, factor,
     INTERLEAVED: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Queries in the order of the keys' groups, and the same with every pair turned by 90 degrees; both times the center behind
-    the queries as they are, if there is one."""
+    """Queries in the order of the keys' groups; with RoPE also times its factor, and that with every pair turned by 90 degrees."""
     pair = tl.program_id(0).to(tl.int64)
     at, row = tl.arange(0, WIDTH), tl.arange(0, ROWS)
     channel = tl.load(channels + at).to(tl.int32)
@@ -223,30 +220,24 @@ def _queries(
     source = query + (pair * rows + row)[:, None] * WIDTH
     target = turning + (pair * rows + row)[:, None] * WIDTH + at[None, :]
     plain = tl.load(source + channel[None, :], mask=known, other=0).to(tl.float32)
-    a = plain
+    tl.store(target, plain, mask=known)
     if inv_freq is not None:
         if INTERLEAVED:
             first, mate, angle = channel % 2 == 0, channel ^ 1, channel // 2
         else:
-            first, mate, angle = channel < turned, tl.where(channel < turned, channel + turned, channel - turned), channel % turned
+            first, angle = channel < turned, channel % turned
+            mate = tl.where(first, channel + turned, channel - turned)
         turns = channel < 2 * turned
-        b = tl.load(source + mate[None, :], mask=known & turns[None, :], other=0).to(tl.float32)
-        b = tl.where(first[None, :], b, -b) * factor
-        a = tl.where(turns[None, :], plain * factor, plain)
-        if center is not None:
-            tl.store(target, plain, mask=known)
-            target += tl.num_programs(0) * rows * WIDTH
-            around = tl.load(center + (pair % heads) * WIDTH + channel)[None, :]
-            a *= around
-            b *= around
-        tl.store(target + tl.num_programs(0) * rows * WIDTH, b, mask=known)
+        away = tl.load(source + mate[None, :], mask=known & turns[None, :], other=0).to(tl.float32)
+        plane = tl.num_programs(0) * rows * WIDTH
+        tl.store(target + plane, tl.where(turns[None, :], plain * factor, plain), mask=known)
+        tl.store(target + 2 * plane, tl.where(first[None, :], away, -away) * factor, mask=known)
         tl.store(frequency + at, tl.load(inv_freq + angle, mask=turns, other=0).to(tl.float32))
-    tl.store(target, a, mask=known)
 
 
 @triton.jit
 def _scores(
-    turning, frequency, positions, by_batch, logits,
+    turning, frequency, positions, by_batch, center, logits,
     words, k_b, k_g, k_t, k_scale, ks_b, ks_g, ks_t, codebooks, book, heads, each,
     rows, tokens, queries, mask, mask_b, mask_q, mask_t, softmax_scale, softcap,
     KIND: tl.constexpr, MORE: tl.constexpr,
@@ -257,13 +248,14 @@ def _scores(
     pair = tl.program_id(1).to(tl.int64)
     batch, head = pair // heads, pair % heads
     channel, row = tl.arange(0, GROUPS * DIM), tl.arange(0, WIDE)
-    at = turning + (pair * rows + row)[None, :] * (GROUPS * DIM) + channel[:, None]
+    known = row < rows
+    at = turning + (pair * rows + row)[:, None] * (GROUPS * DIM) + channel[None, :]
     if KIND == "plain":
-        query = tl.load(at, mask=(row < rows)[None, :], other=0.0).to(tl.float16)
+        query = tl.load(at, mask=known[:, None], other=0.0).to(tl.float16)
     else:
         plane = tl.arange(0, 2)
-        of_both = at[:, :, None] + (tl.num_programs(1) * rows * (GROUPS * DIM) * plane)[None, None, :]
-        both = tl.load(of_both, mask=(row < rows)[None, :, None], other=0.0)  # a and b
+        of_both = at[:, :, None] + (tl.num_programs(1) * rows * (GROUPS * DIM) * (1 + plane))[None, None, :]
+        both = tl.load(of_both, mask=known[:, None, None], other=0.0)  # a and b
         turn = tl.load(frequency + channel)
         before = tl.full([TOKENS], -1, tl.int32)
         cos = tl.zeros([TOKENS, GROUPS * DIM], tl.float16)
@@ -284,30 +276,29 @@ def _scores(
                 cos, sin = cosine.to(tl.float16), sine.to(tl.float16)
                 before = away
             sine, cosine = _sincos(origin.to(tl.float32) * turn)
-            with_a = tl.where(plane[None, :] == 0, cosine[:, None], sine[:, None])[:, None, :]
-            with_b = tl.where(plane[None, :] == 0, -sine[:, None], cosine[:, None])[:, None, :]
+            with_a = tl.where(plane[None, :] == 0, cosine[:, None], sine[:, None])[None, :, :]
+            with_b = tl.where(plane[None, :] == 0, -sine[:, None], cosine[:, None])[None, :, :]
             a_here = tl.sum(both * with_a, 2).to(tl.float16)  # once for all warps, being a sum over an axis
             b_here = tl.sum(both * with_b, 2).to(tl.float16)
         if KIND == "center":
-            score = tl.dot(cos, a_here)
-            score = tl.dot(sin, b_here, score)
+            keys = tl.load(center + head * (GROUPS * DIM) + channel[None, :] + tl.zeros([TOKENS, 1], tl.int32))
         else:
             keys = _decoded(
                 words + batch * k_b + head * k_g + far * k_t, codebooks, book, heads, head, inside,
                 STAGES, GROUPS, DIM, SIZE, TOKENS,
             )  # fmt: skip
-            if KIND == "turned":
-                score = tl.dot(keys * cos, a_here)
-                score = tl.dot(keys * sin, b_here, score)
-            else:
-                score = tl.dot(keys, query)
-        target = logits + (pair * tokens + far)[:, None] * TALL + row[None, :]
-        there = inside[:, None] & (row < TALL)[None, :]
+        if KIND == "plain":
+            score = tl.dot(query, tl.trans(keys))
+        else:
+            score = tl.dot(a_here, tl.trans(keys * cos))
+            score = tl.dot(b_here, tl.trans(keys * sin), score)
+        target = logits + (pair * tokens + far)[None, :] * TALL + row[:, None]
+        there = known[:, None] & inside[None, :]
         if KIND != "center":
-            score *= _scale(k_scale + batch * ks_b + head * ks_g + far * ks_t, inside)[:, None]
+            score *= _scale(k_scale + batch * ks_b + head * ks_g + far * ks_t, inside)[None, :]
             if MORE:
                 score += tl.load(target, mask=there, other=0.0)
-            score = _finished(score, batch, token, inside, row, rows, queries, mask, mask_b, mask_q, mask_t, softmax_scale, softcap)
+            score = _finished(score, batch, token, there, row, queries, mask, mask_b, mask_q, mask_t, softmax_scale, softcap)
         tl.store(target, score, mask=there)
 
 
@@ -351,19 +342,20 @@ def _look_up(
         inside = token < last
         far = token.to(tl.int64)
         codes = words + batch * k_b + head * k_g + far * k_t
-        score = tl.zeros([TOKENS, TALL], tl.float32)
+        score = tl.zeros([TALL, TOKENS], tl.float32)
         for stage in range(STAGES):
-            word = tl.load(codes + stage, mask=inside, other=0)
+            word = tl.load(codes + stage, mask=inside, other=0, cache_modifier=".cg")
             for group in tl.static_range(GROUPS):
                 code = tl.minimum(((word >> (8 * group)) & 255).to(tl.int32), SIZE - 1)
                 entry = ((stage * GROUPS + group) * SIZE + code) * TALL
-                score += tl.load(table + entry[:, None] + row[None, :]).to(tl.float32)
-        score *= _scale(k_scale + batch * ks_b + head * ks_g + far * ks_t, inside)[:, None]
-        target = logits + (pair * tokens + far)[:, None] * TALL + row[None, :]
+                score += tl.load(table + entry[None, :] + row[:, None]).to(tl.float32)
+        score *= _scale(k_scale + batch * ks_b + head * ks_g + far * ks_t, inside)[None, :]
+        target = logits + (pair * tokens + far)[None, :] * TALL + row[:, None]
+        there = (row < rows)[:, None] & inside[None, :]
         if MORE:
-            score += tl.load(target, mask=inside[:, None], other=0.0)
-        score = _finished(score, batch, token, inside, row, rows, queries, mask, mask_b, mask_q, mask_t, softmax_scale, softcap)
-        tl.store(target, score, mask=inside[:, None])
+            score += tl.load(target, mask=there, other=0.0)
+        score = _finished(score, batch, token, there, row, queries, mask, mask_b, mask_q, mask_t, softmax_scale, softcap)
+        tl.store(target, score, mask=there)
 
 
 @triton.jit

@@ -178,10 +178,9 @@ def _greedy(
         for first in range(0, SIZE, CHUNK):
             score = _closeness(residual, table + start * REAL, half + start, first, CHUNK, DIM, SIZE, REAL)
             top = tl.max(score, 1)
-            column = first + tl.arange(0, CHUNK)
-            lowest = tl.min(tl.where(score == top[:, None], column[None, :], SIZE), 1)
+            lowest = tl.min(tl.where(score == top[:, None], tl.arange(0, CHUNK)[None, :], SIZE - 1), 1)
             better = top > best  # an equal one of a later chunk is not
-            index = tl.where(better, lowest, index)
+            index = tl.where(better, first + lowest, index)
             best = tl.where(better, top, best)
         tl.store(codes + ((pair * tokens + token) * stages + stage) * groups + group, index, mask=here)
         word = index[:, None] * REAL + channel[None, :]  # of one codebook: far below 2^31
@@ -221,23 +220,24 @@ def _beam(
         best = tl.broadcast_to(free[None, :], [ROWS, WIDTH])
         for first in range(0, SIZE, CHUNK):
             score = _closeness(flat, table + start * REAL, half + start, first, CHUNK, DIM, SIZE, REAL)
-            errors = squares[:, None] - 2 * score
-            index = first + tl.arange(0, CHUNK)
+            # As three axes from here on: a reshape of what is found in two would move all errors in every round.
+            errors = tl.reshape(squares[:, None] - 2 * score, [ROWS, WIDTH, CHUNK])
+            index = first + tl.arange(0, CHUNK)[None, None, :]
             for _ in range(BEAM):  # the next best of the chunk, if it is one of the best so far
-                least = tl.min(errors, 1)
-                found = tl.min(tl.where(errors == least[:, None], index[None, :], SIZE - 1), 1)
-                keys = tl.reshape(_keys(least, found, SIZE, WIDTH), [ROWS, WIDTH])
-                key = tl.min(keys, 1)
-                worst = tl.max(best, 1)
+                least = tl.min(errors, 2)
+                found = tl.min(tl.where(errors == least[:, :, None], index, SIZE - 1), 2)
+                keys = _keys(least, rank[None, :] * SIZE + found)
+                key, worst = tl.min(keys, 1), tl.max(best, 1)
                 replaced = (best == worst[:, None]) & (key < worst)[:, None]
                 best = tl.where(replaced, key[:, None], best)
-                taken = tl.reshape(keys == key[:, None], [ROWS * WIDTH])
-                errors = tl.where(taken[:, None] & (index[None, :] == found[:, None]), float("inf"), errors)
+                taken = tl.where(keys == key[:, None], found, -1)
+                errors = tl.where(index == taken[:, :, None], float("inf"), errors)
         best = _ascending(tl.where((rank < BEAM)[None, :], best, _ABSENT + rank[None, :]), WIDTH)
         alive = best < _ABSENT
         column = (best & 0xFFFFFFFF).to(tl.int32)
         history = tl.where((level == stage)[None, None, :], column[:, :, None], history)
-        residual = _follow(residual, column // SIZE, WIDTH)
+        parents = tl.broadcast_to((column // SIZE)[:, :, None], [ROWS, WIDTH, DIM])
+        residual = tl.gather(residual, parents, 1)
         word = (column % SIZE)[:, :, None] * REAL + channel[None, None, :]
         residual -= tl.load(table + start * REAL + word, mask=(channel < REAL)[None, None, :], other=0.0).to(tl.float32)
     parent = tl.zeros([ROWS], tl.int32)  # of the best at the end; its codes are read from the last to the first
@@ -250,12 +250,11 @@ def _beam(
 
 
 @triton.jit
-def _keys(errors, index, SIZE: tl.constexpr, WIDTH: tl.constexpr):
-    """Integers that order as (error, parent, codeword): float bits order like integers. An infinite error is no candidate."""
-    parent = tl.arange(0, errors.shape[0]) % WIDTH
+def _keys(errors, column):
+    """Integers that order as (error, column): float bits order like integers. An infinite error is no candidate."""
     bits = errors.to(tl.int32, bitcast=True)
     order = tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits).to(tl.int64)
-    return tl.where(errors < float("inf"), (order << 32) + (parent * SIZE + index), _TAKEN)
+    return tl.where(errors < float("inf"), (order << 32) + column, _TAKEN)
 
 
 @triton.jit
@@ -264,13 +263,3 @@ def _ascending(best, WIDTH: tl.constexpr):
     place = tl.sum((best[:, None, :] < best[:, :, None]).to(tl.int32), 2)
     at = place[:, :, None] == tl.arange(0, WIDTH)[None, None, :]
     return tl.sum(tl.where(at, best[:, :, None], 0), 1)
-
-
-@triton.jit
-def _follow(residual, parent, WIDTH: tl.constexpr):
-    """`residual[:, parent]`; a sum of one value and zeros is that value."""
-    moved = tl.zeros_like(residual)
-    for rank in range(0, WIDTH):
-        one = tl.sum(tl.where((tl.arange(0, WIDTH) == rank)[None, :, None], residual, 0.0), 1)
-        moved = tl.where((parent == rank)[:, :, None], one[:, None, :], moved)
-    return moved
