@@ -67,8 +67,21 @@ struct AttendCall {
   int threads = 1;
 };
 
+// Rows of one query each, whose codes lie in pages: `key` and `value` are those of all pages, a page in place of a batch row and
+// `block` tokens each. A token's fields lie together: `record` bytes from the first of them, which for page 0 is at `first`.
+struct PagesCall {
+  AttendCall row;  // what holds for every row; query, out [rows, kv_heads, shared, dim]
+  Side key, value;
+  const uint8_t* first;
+  int64_t record, pages, block, rows;
+  const int32_t* table;  // [rows, ..] with `table_stride`: pages of each row in order
+  int64_t table_stride;
+  const int32_t* lengths;  // [rows], 0 for a row that is not there
+};
+
 void encode(const EncodeCall&);
 void decode(const DecodeCall&);
 void attend(const AttendCall&);
+void attend_pages(const PagesCall&);
 
 }  // namespace kvfold

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from kvfold.ops.attend.naive import Coded, Rotation, attend_tiles, decode_tile, rotated_center
+from kvfold.ops.attend.pages import alike
 from kvfold.ops.dispatch import available_backends, select
 from kvfold.ops.merge import merge
 from kvfold.ops.rope import rotate, unrotate
@@ -49,11 +52,29 @@ def attend_exact(
     return run(query, keys, values, mask, softmax_scale, softcap)
 
 
+def attend_pages(
+    query: Tensor,
+    key: Coded,
+    value: Coded,
+    table: Tensor,
+    lengths: Sequence[int],
+    rotation: Rotation | None,
+    softmax_scale: float,
+    softcap: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention of a decode step over codes in pages; see `ops/attend/pages.py`."""
+    run = select("attend_pages", backend, query.device.type)
+    return run(query, key, value, table, lengths, rotation, softmax_scale, softcap)
+
+
 __all__ = [
     "Coded",
     "Rotation",
+    "alike",
     "attend",
     "attend_exact",
+    "attend_pages",
     "attend_tiles",
     "available_backends",
     "decode",
