@@ -23,6 +23,21 @@ struct EncodeCall {
   int threads;
 };
 
+// From vectors [batch, heads, tokens, dim], dense, to what is stored of them: `packed` [batch, heads, tokens, bytes] and `scale`
+// [batch, heads, tokens], halves or, if `short_scale`, bytes.
+struct CodeCall {
+  const float* vectors;
+  const int64_t* channels;  // [groups * books' dim]: channel that each entry of a group is
+  const float* weights;     // [heads, groups, d, d]: vectors are multiplied by it for the search; null: they are not
+  uint8_t* packed;
+  void* scale;
+  bool short_scale;
+  int bits;
+  int64_t batch, tokens, dim, beam;
+  const Books* books;  // of the search
+  int threads;
+};
+
 struct DecodeCall {
   const int32_t* codes;
   float* vectors;
@@ -80,6 +95,7 @@ struct PagesCall {
 };
 
 void encode(const EncodeCall&);
+void code(const CodeCall&);
 void decode(const DecodeCall&);
 void attend(const AttendCall&);
 void attend_pages(const PagesCall&);

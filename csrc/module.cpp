@@ -76,6 +76,33 @@ void encode_arrays(const Array<const float>& vectors, const Books& books, int64_
   encode(call);
 }
 
+void code_arrays(const Array<const float>& vectors, const Books& books, const Array<const int64_t>& channels,
+                 const std::optional<Array<const float>>& weights, int bits, int64_t beam, int threads,
+                 const Array<uint8_t>& packed, const nb::ndarray<nb::device::cpu>& scale) {
+  require(vectors.ndim() == 4, "vectors [B, G, T, D]");
+  const int64_t batch = vectors.shape(0), tokens = vectors.shape(2), dim = books.head_dim();
+  require_shape(vectors, {batch, books.heads, tokens, dim}, "vectors, not [B, G, T, D] of the books");
+  require(bits >= 1 && bits <= 16 && books.size <= int64_t{1} << bits, "codes of 1 to 16 bits that number all codewords");
+  require_shape(packed, {batch, books.heads, tokens, (books.codes() * bits + 7) / 8}, "packed codes, not [B, G, T, bytes]");
+  const bool short_scale = scale.dtype() == nb::dtype<uint8_t>();
+  require(short_scale || scale.dtype() == nb::dtype<uint16_t>(), "scale of uint8 or uint16");
+  require_shape(scale, {batch, books.heads, tokens, 1}, "scale, not [B, G, T, 1]");
+  require_shape(channels, {books.groups, books.dim}, "channels, not [P, d]");
+  require_dense(channels, "channels");
+  for (int64_t i = 0; i < dim; i++) require(channels.data()[i] >= 0 && channels.data()[i] < dim, "a channel that is not there");
+  if (weights) {
+    require_shape(*weights, {books.heads, books.groups, books.dim, books.dim}, "weights, not [G, P, d, d]");
+    require_dense(*weights, "weights");
+  }
+  require_dense(vectors, "vectors");
+  require_dense(packed, "packed codes");
+  require(beam >= 1 && dim >= 2, "beam of at least 1 and vectors of two channels");
+  const CodeCall call{vectors.data(), channels.data(), weights ? weights->data() : nullptr, packed.data(), scale.data(), short_scale,
+                      bits, batch, tokens, dim, beam, &books, threads};
+  nb::gil_scoped_release free;
+  code(call);
+}
+
 void decode_arrays(const Array<const int32_t>& codes, const Books& books, int threads, const Array<float>& vectors) {
   require(codes.ndim() == 5, "codes [B, G, T, S, P]");
   const int64_t batch = codes.shape(0), tokens = codes.shape(2);
@@ -335,6 +362,8 @@ NB_MODULE(KV_MODULE, m) {
   nb::class_<Books>(m, "Books").def_prop_ro("heads", [](const Books& books) { return books.heads; });
   m.def("make_books", &make_books, "codebooks"_a, "book"_a, "channels"_a, nb::rv_policy::take_ownership);
   m.def("encode", &encode_arrays);
+  m.def("code", &code_arrays, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+        nb::arg());
   m.def("decode", &decode_arrays);
   m.def("attend_codes", &attend_codes, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
         nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),

@@ -25,11 +25,13 @@ from kvfold.ops.decode import cpu as cpu_decode
 from kvfold.ops.decode import naive as naive_decode
 from kvfold.ops.encode import cpu as cpu_encode
 from kvfold.ops.encode import naive as naive_encode
+from kvfold.ops.encode.code import code
 from kvfold.ops.interpreter import interpreted
 
 _BACKENDS: dict[str, dict[str, Callable]] = {
     "naive": {
         "encode": naive_encode.encode,
+        "code": partial(code, naive_encode.encode),
         "decode": naive_decode.decode,
         "attend": naive_attend.attend,
         "attend_exact": naive_attend.attend_exact,
@@ -37,6 +39,7 @@ _BACKENDS: dict[str, dict[str, Callable]] = {
     },
     "cpu": {
         "encode": cpu_encode.encode,
+        "code": cpu_encode.code,
         "decode": cpu_decode.decode,
         "attend": cpu_attend.attend,
         "attend_exact": cpu_attend.attend_exact,
@@ -51,7 +54,7 @@ def available_backends() -> list[str]:
 
 
 def select(op: str, backend: str | None = None, device: str = "cpu") -> Callable:
-    """The function of `op` ("encode", "decode", "attend", "attend_exact", "attend_pages") for tensors on a device of that type.
+    """The function of `op` ("encode", "decode", "attend", ...) for tensors on a device of that type.
 
     Raises:
         InputError: the backend asked for, or named by `KVFOLD_BACKEND`, is unknown, missing or for another device.
@@ -84,7 +87,7 @@ def _gpu() -> dict[str, Callable]:
     """Imported when first needed: Triton takes a second, and has to know by then whether it is to interpret."""
     encode, decode, attend = (importlib.import_module(f"kvfold.ops.{op}.gpu") for op in ("encode", "decode", "attend"))
     found = {"encode": encode.encode, "decode": decode.decode, "attend": attend.attend}
-    found["attend_pages"] = partial(pages.attend_pages, attend.attend)
+    found |= {"attend_pages": partial(pages.attend_pages, attend.attend), "code": partial(code, encode.encode)}
     return {**found, "attend_exact": naive_attend.attend_exact}  # exact tokens are few: PyTorch's own products
 
 
