@@ -14,6 +14,8 @@
 namespace kvfold {
 namespace {
 
+constexpr int64_t kPiece = 8192;  // keys of a row that are attended in one piece: there are other rows to share out
+
 // The codes and scales of `length` tokens of one row and KV head, as they lie in pages, one behind the other.
 void gather(const PagesCall& call, int64_t row, int64_t g, int64_t length, uint8_t* to) {
   const Side& key = call.key;
@@ -56,6 +58,7 @@ void attend_row(const PagesCall& call, int64_t row, int threads) {
   own.key = gathered(call.key, call.first, at, head_stride);
   own.value = gathered(call.value, call.first, at, head_stride);
   own.threads = threads;
+  own.pieces = own.kv_heads * ((length + kPiece - 1) / kPiece);
   attend(own);
 }
 

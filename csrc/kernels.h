@@ -80,6 +80,7 @@ struct AttendCall {
   float softcap = 0;  // 0: none
   float skip = 0;     // allowed error of the output over its norm, from keys whose values are not read
   int threads = 1;
+  int64_t pieces = 8;  // of a step wanted: they share out, but each has masses and codebook products of its own
 };
 
 // Rows of one query each, whose codes lie in pages: `key` and `value` are those of all pages, a page in place of a batch row and
