@@ -48,7 +48,7 @@ sanitize: setup
 VLLM := .cache/vllm
 VLLM_STAMP := $(VLLM)/.kvfold-setup
 test-vllm: $(VLLM_STAMP)
-	$(VLLM)/bin/python -m pytest -m vllm tests/serving
+	OMP_WAIT_POLICY=passive $(VLLM)/bin/python -m pytest -m vllm tests/serving
 
 $(VLLM_STAMP): pyproject.toml $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VLLM)

@@ -22,7 +22,6 @@ namespace kvfold {
 constexpr int64_t kStepBlock = 1024;  // keys whose scores are held at a time
 constexpr int64_t kStepChunk = 16384;  // keys of a piece of work at most
 constexpr int64_t kStepLeast = 1024;   // and at least, if there are so many
-constexpr int64_t kStepPieces = 8;     // wanted
 constexpr float kByteError = 4e-4f;     // of a score from tables of 16-bit integers, expected; about that of an output
 constexpr float kRescale = 20;         // a maximum that rises by less needs no rescaling in float32
 constexpr float kSkipShare = 0.1f;     // of the norm of the sum of all weights times the longest value, assumed of an output
@@ -217,7 +216,7 @@ struct Step : Rows<kWidth> {
     const int64_t all = call.shared * call.queries, pairs = call.batch * call.kv_heads;
     const int64_t sets = (all + kWidth - 1) / kWidth;  // of rows that go together
     // Enough pieces of work for a few threads also where there are few heads; their number must not depend on the threads.
-    const int64_t parts = (kStepPieces + pairs * sets - 1) / (pairs * sets);
+    const int64_t parts = (call.pieces + pairs * sets - 1) / (pairs * sets);
     const int64_t even = std::max<int64_t>(kStepLeast, ((call.tokens + parts - 1) / parts + 63) / 64 * 64);
     const int64_t chunk_size = std::min(kStepChunk, even), chunks = (call.tokens + chunk_size - 1) / chunk_size;
     const int64_t value_dim = call.value.dim;

@@ -23,6 +23,21 @@ struct EncodeCall {
   int threads;
 };
 
+// From vectors [batch, heads, tokens, dim], dense, to what is stored of them: `packed` [batch, heads, tokens, bytes] and `scale`
+// [batch, heads, tokens], halves or, if `short_scale`, bytes.
+struct CodeCall {
+  const float* vectors;
+  const int64_t* channels;  // [groups * books' dim]: channel that each entry of a group is
+  const float* weights;     // [heads, groups, d, d]: vectors are multiplied by it for the search; null: they are not
+  uint8_t* packed;
+  void* scale;
+  bool short_scale;
+  int bits;
+  int64_t batch, tokens, dim, beam;
+  const Books* books;  // of the search
+  int threads;
+};
+
 struct DecodeCall {
   const int32_t* codes;
   float* vectors;
@@ -65,10 +80,25 @@ struct AttendCall {
   float softcap = 0;  // 0: none
   float skip = 0;     // allowed error of the output over its norm, from keys whose values are not read
   int threads = 1;
+  int64_t pieces = 8;  // of a step wanted: they share out, but each has masses and codebook products of its own
+};
+
+// Rows of one query each, whose codes lie in pages: `key` and `value` are those of all pages, a page in place of a batch row and
+// `block` tokens each. A token's fields lie together: `record` bytes from the first of them, which for page 0 is at `first`.
+struct PagesCall {
+  AttendCall row;  // what holds for every row; query, out [rows, kv_heads, shared, dim]
+  Side key, value;
+  const uint8_t* first;
+  int64_t record, pages, block, rows;
+  const int32_t* table;  // [rows, ..] with `table_stride`: pages of each row in order
+  int64_t table_stride;
+  const int32_t* lengths;  // [rows], 0 for a row that is not there
 };
 
 void encode(const EncodeCall&);
+void code(const CodeCall&);
 void decode(const DecodeCall&);
 void attend(const AttendCall&);
+void attend_pages(const PagesCall&);
 
 }  // namespace kvfold

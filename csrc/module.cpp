@@ -76,6 +76,33 @@ void encode_arrays(const Array<const float>& vectors, const Books& books, int64_
   encode(call);
 }
 
+void code_arrays(const Array<const float>& vectors, const Books& books, const Array<const int64_t>& channels,
+                 const std::optional<Array<const float>>& weights, int bits, int64_t beam, int threads,
+                 const Array<uint8_t>& packed, const nb::ndarray<nb::device::cpu>& scale) {
+  require(vectors.ndim() == 4, "vectors [B, G, T, D]");
+  const int64_t batch = vectors.shape(0), tokens = vectors.shape(2), dim = books.head_dim();
+  require_shape(vectors, {batch, books.heads, tokens, dim}, "vectors, not [B, G, T, D] of the books");
+  require(bits >= 1 && bits <= 16 && books.size <= int64_t{1} << bits, "codes of 1 to 16 bits that number all codewords");
+  require_shape(packed, {batch, books.heads, tokens, (books.codes() * bits + 7) / 8}, "packed codes, not [B, G, T, bytes]");
+  const bool short_scale = scale.dtype() == nb::dtype<uint8_t>();
+  require(short_scale || scale.dtype() == nb::dtype<uint16_t>(), "scale of uint8 or uint16");
+  require_shape(scale, {batch, books.heads, tokens, 1}, "scale, not [B, G, T, 1]");
+  require_shape(channels, {books.groups, books.dim}, "channels, not [P, d]");
+  require_dense(channels, "channels");
+  for (int64_t i = 0; i < dim; i++) require(channels.data()[i] >= 0 && channels.data()[i] < dim, "a channel that is not there");
+  if (weights) {
+    require_shape(*weights, {books.heads, books.groups, books.dim, books.dim}, "weights, not [G, P, d, d]");
+    require_dense(*weights, "weights");
+  }
+  require_dense(vectors, "vectors");
+  require_dense(packed, "packed codes");
+  require(beam >= 1 && dim >= 2, "beam of at least 1 and vectors of two channels");
+  const CodeCall call{vectors.data(), channels.data(), weights ? weights->data() : nullptr, packed.data(), scale.data(), short_scale,
+                      bits, batch, tokens, dim, beam, &books, threads};
+  nb::gil_scoped_release free;
+  code(call);
+}
+
 void decode_arrays(const Array<const int32_t>& codes, const Books& books, int threads, const Array<float>& vectors) {
   require(codes.ndim() == 5, "codes [B, G, T, S, P]");
   const int64_t batch = codes.shape(0), tokens = codes.shape(2);
@@ -155,19 +182,10 @@ void run_attend(const Array<const float>& query, AttendCall& call, const Mask& m
   attend(call);
 }
 
-void attend_codes(const Array<const float>& query, const Array<const uint8_t>& key_packed,
-                  const Scale& key_scale, int key_bits, const Books& key_books,
-                  const Array<const uint8_t>& value_packed, const Scale& value_scale, int value_bits,
-                  const Books& value_books, const std::optional<Array<const float>>& key_center,
-                  const std::optional<Array<const int32_t>>& positions, const std::optional<Array<const float>>& inv_freq, float factor, bool interleaved, const Mask& mask,
-                  bool half, float softmax_scale, float softcap, float skip, int threads, const Array<float>& out,
-                  const Array<float>& lse) {
-  require(key_packed.ndim() == 4, "packed codes [B, G, T, bytes]");
-  AttendCall call{};
-  call.batch = key_packed.shape(0), call.kv_heads = key_books.heads, call.tokens = key_packed.shape(2);
-  require(value_books.heads == key_books.heads, "keys and values of one number of KV heads");
-  call.key = coded_side(key_packed, key_scale, key_bits, key_books, call.batch, call.tokens);
-  call.value = coded_side(value_packed, value_scale, value_bits, value_books, call.batch, call.tokens);
+// Where keys stand and how they are rotated there; `call` knows the keys.
+void place_keys(AttendCall& call, const std::optional<Array<const float>>& key_center,
+                const std::optional<Array<const int32_t>>& positions, const std::optional<Array<const float>>& inv_freq,
+                float factor, bool interleaved) {
   require(positions.has_value() == inv_freq.has_value(), "positions and inv_freq together");
   if (positions) {
     const int64_t rows = positions->ndim() == 2 ? positions->shape(0) : 0;
@@ -189,12 +207,86 @@ void attend_codes(const Array<const float>& query, const Array<const uint8_t>& k
     require_dense(*key_center, "center");
     call.center = key_center->data();
   }
+}
+
+void attend_codes(const Array<const float>& query, const Array<const uint8_t>& key_packed,
+                  const Scale& key_scale, int key_bits, const Books& key_books,
+                  const Array<const uint8_t>& value_packed, const Scale& value_scale, int value_bits,
+                  const Books& value_books, const std::optional<Array<const float>>& key_center,
+                  const std::optional<Array<const int32_t>>& positions, const std::optional<Array<const float>>& inv_freq, float factor, bool interleaved, const Mask& mask,
+                  bool half, float softmax_scale, float softcap, float skip, int threads, const Array<float>& out,
+                  const Array<float>& lse) {
+  require(key_packed.ndim() == 4, "packed codes [B, G, T, bytes]");
+  AttendCall call{};
+  call.batch = key_packed.shape(0), call.kv_heads = key_books.heads, call.tokens = key_packed.shape(2);
+  require(value_books.heads == key_books.heads, "keys and values of one number of KV heads");
+  call.key = coded_side(key_packed, key_scale, key_bits, key_books, call.batch, call.tokens);
+  call.value = coded_side(value_packed, value_scale, value_bits, value_books, call.batch, call.tokens);
+  place_keys(call, key_center, positions, inv_freq, factor, interleaved);
   call.half = half;
   call.softmax_scale = softmax_scale;
   call.softcap = softcap;
   call.skip = skip;
   call.threads = threads;
   run_attend(query, call, mask, out, lse);
+}
+
+void attend_codes_in_pages(const Array<const float>& query, const Array<const int32_t>& table, const Array<const int32_t>& lengths,
+                           const Array<const uint8_t>& key_packed, const Scale& key_scale, int key_bits, const Books& key_books,
+                           const Array<const uint8_t>& value_packed, const Scale& value_scale, int value_bits,
+                           const Books& value_books, const std::optional<Array<const float>>& key_center,
+                           const std::optional<Array<const int32_t>>& positions,
+                           const std::optional<Array<const float>>& inv_freq, float factor, bool interleaved, bool half,
+                           float softmax_scale, float softcap, float skip, int threads, const Array<float>& out) {
+  require(key_packed.ndim() == 4, "packed codes [N, G, block, bytes]");
+  PagesCall call{};
+  call.pages = key_packed.shape(0), call.block = key_packed.shape(2), call.rows = lengths.size();
+  const int64_t kv_heads = key_books.heads;
+  require(value_books.heads == kv_heads, "keys and values of one number of KV heads");
+  call.key = coded_side(key_packed, key_scale, key_bits, key_books, call.pages, call.block);
+  call.value = coded_side(value_packed, value_scale, value_bits, value_books, call.pages, call.block);
+  const auto begin = [](const Side& side, bool scale) { return scale ? static_cast<const uint8_t*>(side.scale) : side.packed; };
+  call.first = std::min({begin(call.key, false), begin(call.key, true), begin(call.value, false), begin(call.value, true)});
+  for (const Side* side : {&call.key, &call.value}) {
+    const int64_t wide = side->short_scale ? 1 : 2, bytes = (side->books->codes() * side->bits + 7) / 8;
+    const int64_t codes_end = side->packed + bytes - call.first, scale_end = begin(*side, true) + wide - call.first;
+    call.record = std::max({call.record, codes_end, scale_end});
+    const auto strides_like = [&](int64_t count, int64_t stride, int64_t scale_stride, int64_t like) {
+      return count <= 1 || (stride == like && scale_stride * wide == like);
+    };
+    require(strides_like(call.pages, side->batch_stride, side->scale_batch_stride, call.key.batch_stride) &&
+                strides_like(kv_heads, side->head_stride, side->scale_head_stride, call.key.head_stride) &&
+                strides_like(call.block, side->token_stride, side->scale_token_stride, call.key.token_stride) &&
+                call.key.token_stride % wide == 0 && (scale_end - wide) % wide == 0,
+            "fields of the codes that do not lie together in a token");
+  }
+  require(call.block >= 1 && call.record <= call.key.token_stride, "fields of the codes that do not lie together in a token");
+  require(query.ndim() == 3, "query [R, H, D]");
+  const int64_t heads = query.shape(1);
+  require_shape(query, {call.rows, heads, call.key.dim}, "query, not [R, H, D] of the keys");
+  require(heads % kv_heads == 0, "query heads, no multiple of KV heads");
+  require_shape(out, {call.rows, heads, call.value.dim}, "out, not [R, H, D] of the values");
+  require(lengths.ndim() == 1 && table.ndim() == 2 && static_cast<int64_t>(table.shape(0)) == call.rows, "table [R, n] and lengths [R]");
+  require(table.shape(1) <= 1 || table.stride(1) == 1, "a table with gaps within a row");
+  require_dense(query, "query");
+  require_dense(out, "out");
+  require_dense(lengths, "lengths");
+  int64_t longest = 0;
+  for (int64_t row = 0; row < call.rows; row++) {
+    const int64_t length = lengths.data()[row];
+    require(length >= 0 && length <= call.block * static_cast<int64_t>(table.shape(1)), "a row longer than its pages");
+    longest = std::max(longest, length);
+  }
+  AttendCall& row = call.row;
+  row.query = query.data(), row.out = out.data();
+  row.batch = row.queries = 1, row.kv_heads = kv_heads, row.shared = heads / kv_heads;
+  row.tokens = longest, row.key = call.key;
+  place_keys(row, key_center, positions, inv_freq, factor, interleaved);
+  row.half = half;
+  row.softmax_scale = softmax_scale, row.softcap = softcap, row.skip = skip, row.threads = threads;
+  call.table = table.data(), call.table_stride = table.stride(0), call.lengths = lengths.data();
+  nb::gil_scoped_release free;
+  attend_pages(call);
 }
 
 void attend_exact(const Array<const float>& query, const Array<const float>& keys, const Array<const float>& values,
@@ -270,9 +362,14 @@ NB_MODULE(KV_MODULE, m) {
   nb::class_<Books>(m, "Books").def_prop_ro("heads", [](const Books& books) { return books.heads; });
   m.def("make_books", &make_books, "codebooks"_a, "book"_a, "channels"_a, nb::rv_policy::take_ownership);
   m.def("encode", &encode_arrays);
+  m.def("code", &code_arrays, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+        nb::arg());
   m.def("decode", &decode_arrays);
   m.def("attend_codes", &attend_codes, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
         nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
+        nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
+  m.def("attend_pages", &attend_codes_in_pages, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+        nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(),
         nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
   m.def("attend_exact", &attend_exact, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
         nb::arg(), nb::arg());

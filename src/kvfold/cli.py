@@ -304,6 +304,7 @@ def _bench_generate(parser: argparse.ArgumentParser) -> None:
 
 def _bench_serve(parser: argparse.ArgumentParser) -> None:
     _model_and_codec(parser)
+    _set(parser, "beam=N searches codes with another beam")
     sizes = {"--requests": (8, "that run together"), "--context": (4096, "tokens of a prompt"), "--new-tokens": (32, "decoded")}
     sizes |= {"--repeats": (3, "medians of so many rounds"), "--cache-gib": (2, "GiB of memory for either cache, on a CPU")}
     for option, (default, about) in sizes.items():

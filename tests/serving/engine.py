@@ -9,9 +9,12 @@ from typing import Any
 
 
 def main() -> None:
+    import vllm._custom_ops
     from vllm import LLM, SamplingParams
 
     request = json.load(sys.stdin)
+    if request.get("plain_products"):  # PyTorch's own, where vLLM has packed weights for oneDNN
+        vllm._custom_ops._supports_onednn = False
     llm = LLM(**request["engine"])
     params = SamplingParams(temperature=0, max_tokens=request["tokens"], ignore_eos=True, logprobs=1)
     prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]

@@ -12,7 +12,7 @@ from kvfold.codecs.base import attend
 from kvfold.codecs.turboquant import TurboQuantCodec
 from kvfold.config import RopeSpec
 from kvfold.errors import InputError
-from kvfold.serving.paged import PagedLayer, PageLayout
+from kvfold.serving.paged import PagedLayer, PageLayout, Rows
 
 HEADS, DIM, BLOCK = 2, 16, 4
 ROPE = RopeSpec((tuple(100.0 ** -(i / 8) for i in range(8)),))
@@ -31,7 +31,7 @@ def poisoned(layer: PagedLayer, pages: int) -> Tensor:
     return torch.full((pages, HEADS, BLOCK, layer.layout.bytes), 255, dtype=torch.uint8)
 
 
-def expected(layer: PagedLayer, query: Tensor, keys: Tensor, values: Tensor, window: int | None = None) -> Tensor:
+def expected(layer: PagedLayer, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """The same row's attention on codes that never saw a page."""
     tokens, count = len(keys), len(query)
     at = torch.arange(tokens, dtype=torch.int32)[None]
@@ -39,13 +39,11 @@ def expected(layer: PagedLayer, query: Tensor, keys: Tensor, values: Tensor, win
     placed = keys.transpose(0, 1)[None]
     coded = layer._key.encode(placed if turn is None else layer._key.unplace(placed, turn))
     slot, last = torch.arange(tokens), torch.arange(tokens - count, tokens)[:, None]
-    mask = (slot <= last) if window is None else (slot <= last) & (slot > last - window)
     sides = (layer._key, coded), (layer._value, layer._value.encode(values.transpose(0, 1)[None]))
-    return attend(query.transpose(0, 1)[None], *sides, turn, mask[None, None], 0.25, None)[0][0].transpose(0, 1)
+    return attend(query.transpose(0, 1)[None], *sides, turn, (slot <= last)[None, None], 0.25, None)[0][0].transpose(0, 1)
 
 
-@pytest.mark.parametrize("window", [None, 3])
-def test_rows_of_a_mixed_batch_read_their_own_pages(layer: PagedLayer, window: int | None) -> None:
+def test_rows_of_a_mixed_batch_read_their_own_pages(layer: PagedLayer) -> None:
     """A prompt, steps of like and other lengths, an absent row and the end of a prompt in chunks, pages shuffled."""
     lengths, queries = [7, 13, 5, 0, 9, 12, 13], [7, 1, 1, 1, 4, 1, 1]
     pages = poisoned(layer, 40)
@@ -63,10 +61,10 @@ def test_rows_of_a_mixed_batch_read_their_own_pages(layer: PagedLayer, window: i
             layer.store(pages, slots[part], keys[part], values[part], slot[part])
         query.append(torch.randn(count, 2 * HEADS, DIM))
         rows.append((keys, values))
-    out = layer.attend(pages, table, torch.cat(query), queries, lengths, 0.25, window=window)
+    out = layer.attend(pages, table, torch.cat(query), Rows(queries, lengths), 0.25)
     for row, part in enumerate(out.split(queries)):
         if lengths[row]:
-            assert torch.allclose(part, expected(layer, query[row], *rows[row], window), atol=1e-5)
+            assert torch.allclose(part, expected(layer, query[row], *rows[row]), atol=1e-5)
         else:
             assert not part.any()
 
@@ -81,7 +79,7 @@ def test_a_shared_prefix_is_read_by_both_rows(layer: PagedLayer) -> None:
     for row in range(2):
         layer.store(pages, table[row, 2] * BLOCK + torch.arange(2), *own[row], torch.arange(8, 10))
     query = torch.randn(2, 2 * HEADS, DIM)
-    out = layer.attend(pages, table, query, [1, 1], [10, 10], 0.25)
+    out = layer.attend(pages, table, query, Rows([1, 1], [10, 10]), 0.25)
     for row in range(2):
         whole = (torch.cat((keys, own[row][0])), torch.cat((values, own[row][1])))
         assert torch.allclose(out[row : row + 1], expected(layer, query[row : row + 1], *whole), atol=1e-5)

@@ -44,6 +44,32 @@ def test_what_is_said_is_what_transformers_says(codec: Path, prompts: list[list[
     assert equal >= 0.1
 
 
+def said_by_transformers(codec: Path, prompts: list[list[int]]) -> list[list[int]]:
+    """Greedy text, a prompt and then a token at a time."""
+    model, _ = load_model("smollm2")
+    texts = []
+    with torch.no_grad(), kvfold.attach(model, kvfold.load(codec), sinks=0, window=0):
+        for ids in prompts:
+            text, cache = list(ids), None
+            for _ in range(NEW):
+                given = torch.tensor([text if cache is None else text[-1:]])
+                answer = model(input_ids=given, past_key_values=cache, use_cache=True)
+                cache = answer.past_key_values
+                text.append(int(answer.logits[0, -1].argmax()))
+            texts.append(text[len(ids) :])
+    return texts
+
+
+def test_by_the_same_arithmetic_the_text_is_that_of_transformers(codec: Path, prompts: list[list[int]]) -> None:
+    """Prompts one at a time, the model's code that of transformers, products PyTorch's, on one thread as here: every sum has
+    the order it has there, so keys and values are the same to the last bit, and so are codes."""
+    alone = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    how = {"model_impl": "transformers", "max_num_seqs": 1, "enable_prefix_caching": False}
+    got = answer(codec, prompts, env=alone, engine=how, plain_products=True)
+    same = sum(a == b for a, b in zip(got["tokens"][0], said_by_transformers(codec, prompts), strict=True))
+    assert same >= 48
+
+
 def test_pages_hold_six_times_the_tokens_of_bfloat16(prompts: list[list[int]], served: dict[str, Any]) -> None:
     plain = answer(None, prompts[:1], engine={"dtype": "bfloat16"})
     assert served["capacity"] >= 6 * plain["capacity"]

@@ -39,6 +39,7 @@ def bench_serve(
     dtype: str = "bfloat16",
     device: str = "cpu",
     cache_gib: int = 2,
+    beam: int | None = None,
     quiet: bool = False,
 ) -> list[dict[str, Any]]:
     """Measure kvfold's pages and vLLM's own.
@@ -52,6 +53,7 @@ def bench_serve(
         text: file the prompts are cut from; None for the built-in text.
         dtype: of the model, and of vLLM's own cache.
         cache_gib: of CPU memory for either cache.
+        beam: of the search for codes; None for the codec's own.
 
     Returns:
         Two objects, `cache` "kvfold" and "vllm": `prefill_s` (all prompts, once), `tokens_per_s` (of all requests together),
@@ -62,7 +64,8 @@ def bench_serve(
     """
     if find_spec("vllm") is None:
         raise InputError("the package vllm", "no such package", "pip install kvfold[vllm], or for the CPU see docs/serving.md")
-    longest = load(codec).spec.max_positions
+    codecs = load(codec)
+    longest = codecs.spec.max_positions
     length = context + new_tokens + 1
     if length > longest:
         raise InputError(f"a context and {new_tokens} new tokens within the model's {longest}", str(context), "choose fewer")
@@ -74,7 +77,8 @@ def bench_serve(
     prompts = [ids[_SHIFT * row : _SHIFT * row + context] for row in range(requests)]
     engine = {"model": model_folder(model), "dtype": dtype, "max_model_len": length, "max_num_seqs": requests}
     engine |= {"enable_prefix_caching": True, "seed": 0}
-    ours = {**engine, "additional_config": {"kvfold": {"codec": str(Path(codec).resolve())}}}
+    named = {"codec": str(Path(codec).resolve()), **({} if beam is None else {"beam": beam})}
+    ours = {**engine, "additional_config": {"kvfold": named}}
     if device != "cpu":
         ours |= {"attention_backend": "CUSTOM"}
     told = {"VLLM_LOGGING_LEVEL": "ERROR", **os.environ, "VLLM_CPU_KVCACHE_SPACE": str(cache_gib)}
@@ -97,7 +101,10 @@ def bench_serve(
         decode = statistics.median(one["decode_s"] for one in rounds)
         speed = {"prefill_s": first["prefill_s"], "tokens_per_s": requests * new_tokens / decode, "capacity": first["capacity"]}
         sizes = {"requests": requests, "context": context, "new_tokens": new_tokens, "repeats": repeats, "dtype": dtype}
-        results.append({"cache": name, **speed, **sizes, "cache_gib": cache_gib, "threads": first["threads"]})
+        how = (
+            {"method": codecs.method, "beam": codecs.settings.get("beam") if beam is None else beam} if name == "kvfold" else {}
+        )
+        results.append({"cache": name, **how, **speed, **sizes, "cache_gib": cache_gib, "threads": first["threads"]})
     for one in results:
         one["speedup"] = one["tokens_per_s"] / results[1]["tokens_per_s"]
     return results

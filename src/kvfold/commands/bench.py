@@ -14,6 +14,7 @@ from kvfold.bench.serve import bench_serve
 from kvfold.codecs.artifact import load
 from kvfold.commands.common import (
     check_outputs,
+    chosen_codecs,
     emit,
     picture,
     prepare,
@@ -156,7 +157,7 @@ def _encoding_on_gpu(args: argparse.Namespace, sizes: dict[str, Any]) -> None:
 
 def bench_serving(args: argparse.Namespace) -> None:
     """`kvfold bench serve`."""
-    load(args.codec)
+    chosen_codecs(args)
     check_outputs(args, "bench-serve")
     prepare(args)
     results = bench_serve(
@@ -170,6 +171,7 @@ def bench_serving(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         device=args.device,
         cache_gib=args.cache_gib,
+        beam=int(dict(args.changes)["beam"]) if args.changes else None,
     )
     rows = [["cache", "tokens that fit", "prefill s", "tokens/s", "speed-up"]]
     for one in results:

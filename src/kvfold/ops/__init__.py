@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from kvfold.ops.attend.naive import Coded, Rotation, attend_tiles, decode_tile, rotated_center
+from kvfold.ops.attend.pages import alike
 from kvfold.ops.dispatch import available_backends, select
+from kvfold.ops.encode.code import scaled_groups
 from kvfold.ops.merge import merge
 from kvfold.ops.rope import rotate, unrotate
 
@@ -13,6 +17,21 @@ from kvfold.ops.rope import rotate, unrotate
 def encode(vectors: Tensor, codebooks: Tensor, book: Tensor, beam: int = 1, backend: str | None = None) -> Tensor:
     """Residual nearest-codeword search; see `ops/encode/naive.py` for shapes and the rule for ties."""
     return select("encode", backend, vectors.device.type)(vectors, codebooks, book, beam)
+
+
+def code(
+    x: Tensor,
+    codebooks: Tensor,
+    book: Tensor,
+    channels: Tensor,
+    weights: Tensor | None,
+    bits: int,
+    beam: int = 1,
+    scale_bits: int = 16,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Packed codes and scales of vectors; see `ops/encode/code.py` for shapes."""
+    return select("code", backend, x.device.type)(x, codebooks, book, channels, weights, bits, beam, scale_bits)
 
 
 def decode(codes: Tensor, codebooks: Tensor, book: Tensor, backend: str | None = None) -> Tensor:
@@ -49,19 +68,39 @@ def attend_exact(
     return run(query, keys, values, mask, softmax_scale, softcap)
 
 
+def attend_pages(
+    query: Tensor,
+    key: Coded,
+    value: Coded,
+    table: Tensor,
+    lengths: Sequence[int],
+    rotation: Rotation | None,
+    softmax_scale: float,
+    softcap: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention of a decode step over codes in pages; see `ops/attend/pages.py`."""
+    run = select("attend_pages", backend, query.device.type)
+    return run(query, key, value, table, lengths, rotation, softmax_scale, softcap)
+
+
 __all__ = [
     "Coded",
     "Rotation",
+    "alike",
     "attend",
     "attend_exact",
+    "attend_pages",
     "attend_tiles",
     "available_backends",
+    "code",
     "decode",
     "decode_tile",
     "encode",
     "merge",
     "rotate",
     "rotated_center",
+    "scaled_groups",
     "select",
     "unrotate",
 ]

@@ -12,7 +12,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import torch
 
@@ -20,24 +20,30 @@ from kvfold.errors import InputError
 from kvfold.ops import native
 from kvfold.ops.attend import cpu as cpu_attend
 from kvfold.ops.attend import naive as naive_attend
+from kvfold.ops.attend import pages
 from kvfold.ops.decode import cpu as cpu_decode
 from kvfold.ops.decode import naive as naive_decode
 from kvfold.ops.encode import cpu as cpu_encode
 from kvfold.ops.encode import naive as naive_encode
+from kvfold.ops.encode.code import code
 from kvfold.ops.interpreter import interpreted
 
 _BACKENDS: dict[str, dict[str, Callable]] = {
     "naive": {
         "encode": naive_encode.encode,
+        "code": partial(code, naive_encode.encode),
         "decode": naive_decode.decode,
         "attend": naive_attend.attend,
         "attend_exact": naive_attend.attend_exact,
+        "attend_pages": partial(pages.attend_pages, naive_attend.attend),
     },
     "cpu": {
         "encode": cpu_encode.encode,
+        "code": cpu_encode.code,
         "decode": cpu_decode.decode,
         "attend": cpu_attend.attend,
         "attend_exact": cpu_attend.attend_exact,
+        "attend_pages": cpu_attend.attend_pages,
     },
 }
 
@@ -48,7 +54,7 @@ def available_backends() -> list[str]:
 
 
 def select(op: str, backend: str | None = None, device: str = "cpu") -> Callable:
-    """The function of `op` ("encode", "decode", "attend", "attend_exact") for tensors on a device of that type.
+    """The function of `op` ("encode", "decode", "attend", ...) for tensors on a device of that type.
 
     Raises:
         InputError: the backend asked for, or named by `KVFOLD_BACKEND`, is unknown, missing or for another device.
@@ -81,6 +87,7 @@ def _gpu() -> dict[str, Callable]:
     """Imported when first needed: Triton takes a second, and has to know by then whether it is to interpret."""
     encode, decode, attend = (importlib.import_module(f"kvfold.ops.{op}.gpu") for op in ("encode", "decode", "attend"))
     found = {"encode": encode.encode, "decode": decode.decode, "attend": attend.attend}
+    found |= {"attend_pages": partial(pages.attend_pages, attend.attend), "code": partial(code, encode.encode)}
     return {**found, "attend_exact": naive_attend.attend_exact}  # exact tokens are few: PyTorch's own products
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import accumulate
 
 import torch
@@ -71,6 +72,14 @@ class PageLayout:
                 rows = codes.fields[field.name][0].transpose(0, 1).contiguous().flatten(2)  # [T, G, n]
                 pages[page, :, place, field.start : field.stop] = rows.view(torch.uint8)
 
+    def all(self, pages: Tensor) -> tuple[Codes, Codes]:
+        """Codes of all `pages`, keys' and values', as views `[N, G, block, ...]`."""
+        key, value = (
+            Codes({f.name: pages[..., f.start : f.stop].view(f.dtype) for f in fields})
+            for fields in (self.key_fields, self.value_fields)
+        )
+        return key, value
+
     def read(self, pages: Tensor, table: Tensor, lengths: Sequence[int]) -> tuple[Codes, Codes]:
         """Codes `[R, G, T, ...]` of keys and values of `R` rows of `lengths`, the longest `T`, whose pages `table [R, n]` lists
         in order; zeros behind the end of a shorter row, never what a page held before."""
@@ -80,11 +89,53 @@ class PageLayout:
         flat = gathered.reshape(len(lengths), pages.shape[1], count * pages.shape[2], -1)[:, :, :longest]
         for row, length in enumerate(lengths):
             flat[row, :, length:] = 0
-        key, value = (
-            Codes({f.name: flat[..., f.start : f.stop].view(f.dtype) for f in fields})
-            for fields in (self.key_fields, self.value_fields)
-        )
-        return key, value
+        return self.all(flat)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a forward pass; the newest queries of a row are its last tokens. Made once for all layers.
+
+    Attributes:
+        queries: of each row.
+        lengths: tokens of each row, those of its queries counted; 0 for a row that is not there.
+    """
+
+    queries: Sequence[int]
+    lengths: Sequence[int]
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """Each row's first query among those of all rows, and their number."""
+        return list(accumulate(self.queries, initial=0))
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Of all queries in their rows, int64 `[T]`."""
+        rows = zip(self.lengths, self.queries, strict=True)
+        return torch.cat([torch.arange(0), *(torch.arange(length - asked, length) for length, asked in rows if length)])
+
+    @cached_property
+    def steps(self) -> list[int]:
+        """Rows that ask for one token."""
+        return [row for row, asked in enumerate(self.queries) if asked == 1 and self.lengths[row]]
+
+    @cached_property
+    def prompts(self) -> list[int]:
+        """Rows that ask for several."""
+        return [row for row, asked in enumerate(self.queries) if asked > 1 and self.lengths[row]]
+
+    def mask(self, row: int, device: torch.device) -> Tensor:
+        """What the queries of `row` see, bool `[1, 1, Q, T]`."""
+        if row not in self._masks:
+            length, asked = self.lengths[row], self.queries[row]
+            slot = torch.arange(length, device=device)
+            self._masks[row] = (slot <= slot[length - asked :, None])[None, None]
+        return self._masks[row]
+
+    @cached_property
+    def _masks(self) -> dict[int, Tensor]:
+        return {}
 
 
 class PagedLayer:
@@ -99,13 +150,15 @@ class PagedLayer:
         self.layout = PageLayout(key, value, kv_heads)
         self._key, self._value = key, value
         self._rope = rope if key.reads_positions else None
+        self._inv_freq: Tensor | None = None
 
     def _rotation(self, positions: Tensor) -> ops.Rotation | None:
         """Of `positions [1, T]`."""
         if self._rope is None:
             return None
-        inv_freq = torch.tensor(self._rope.inv_freq[0], device=positions.device)
-        return ops.Rotation(positions.to(torch.int32), inv_freq, self._rope.factor, self._rope.interleaved)
+        if self._inv_freq is None:
+            self._inv_freq = torch.tensor(self._rope.inv_freq[0], device=positions.device)
+        return ops.Rotation(positions, self._inv_freq, self._rope.factor, self._rope.interleaved)
 
     def store(self, pages: Tensor, slots: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         """Code keys (after RoPE) and values `[T, G, D]` of tokens at `positions [T]` into `slots [T]`."""
@@ -115,68 +168,80 @@ class PagedLayer:
         self.layout.write(pages, slots, self._key.encode(keys), self._value.encode(values))
 
     def attend(
-        self,
-        pages: Tensor,
-        table: Tensor,
-        query: Tensor,
-        queries: Sequence[int],
-        lengths: Sequence[int],
-        softmax_scale: float,
-        softcap: float | None = None,
-        window: int | None = None,
+        self, pages: Tensor, table: Tensor, query: Tensor, rows: Rows, softmax_scale: float, softcap: float | None = None
     ) -> Tensor:
-        """Causal attention of several rows, each over its own pages; the newest queries of a row are its last tokens.
+        """Causal attention of several rows, each over its own pages.
 
         Args:
             table: integers `[R, n]`, pages of each row in order; what lies behind a row's last page is not looked at.
             query: `[T, H, D]`, after RoPE, one row's queries after the other's.
-            queries: of each row; their sum is `T`.
-            lengths: tokens of each row, those of its queries counted; 0 for a row that is not there.
-            window: newest tokens a query may look at, itself counted; None for all.
 
         Returns:
-            float32 `[T, H, D]`.
+            float32 `[T, H, D]`; zeros for a row that is not there.
         """
+        if rows.steps and len(rows.steps) == len(query) == len(rows.queries):  # a decode step
+            return self._steps(pages, table[: len(query)], query, rows.lengths, softmax_scale, softcap)
         out = torch.zeros(query.shape[0], query.shape[1], self._value.head_dim, device=query.device)
-        starts = list(accumulate(queries, initial=0))
-        steps = [row for row, asked in enumerate(queries) if asked == 1 and lengths[row]]
-        groups = _alike(steps, lengths)  # rows of one query each are attended together
-        groups += [[row] for row, asked in enumerate(queries) if asked > 1 and lengths[row]]
-        for rows in groups:
-            count = queries[rows[0]]
-            where = torch.cat([torch.arange(starts[row], starts[row] + count, device=query.device) for row in rows])
-            chosen = query[where].view(len(rows), count, *query.shape[1:]).transpose(1, 2)  # [R, H, Q, D]
-            ends = [lengths[row] for row in rows]
-            keys, values = self.layout.read(pages, table[rows], ends)
-            slot = torch.arange(max(ends), device=query.device)
-            mask = _mask(slot, ends, count, window)
-            rotation = self._rotation(slot[None])
-            coded = (self._key, keys), (self._value, values)
-            mixed = attend(chosen, *coded, rotation, mask, softmax_scale, softcap)[0]
-            out[where] = mixed.transpose(1, 2).flatten(0, 1)
+        if rows.steps:
+            asked = torch.tensor([rows.starts[row] for row in rows.steps], device=query.device)
+            ends = [rows.lengths[row] for row in rows.steps]
+            out[asked] = self._steps(pages, table[rows.steps], query[asked], ends, softmax_scale, softcap)
+        for row in rows.prompts:
+            own = slice(rows.starts[row], rows.starts[row + 1])
+            given = query[None, own].transpose(1, 2)  # [1, H, Q, D]
+            mask = rows.mask(row, query.device)
+            mixed = self._gathered(pages, table[row : row + 1], given, [rows.lengths[row]], mask, softmax_scale, softcap)
+            out[own] = mixed[0].transpose(0, 1)
         return out
 
+    def _steps(
+        self,
+        pages: Tensor,
+        table: Tensor,
+        query: Tensor,
+        lengths: Sequence[int],
+        softmax_scale: float,
+        softcap: float | None,
+    ) -> Tensor:
+        """Attention `[R, H, D]` of rows of one query each, `query [R, H, D]`."""
+        keys, values = self.layout.all(pages)
+        key, value = self._key.coded(keys), self._value.coded(values)
+        if key is not None and value is not None:
+            rotation = self._rotation(_places(max(lengths), query.device))
+            return ops.attend_pages(query, key, value, table, lengths, rotation, softmax_scale, softcap)
+        out = torch.empty(len(query), query.shape[1], self._value.head_dim, device=query.device)
+        for rows in ops.alike(lengths):
+            ends = torch.tensor([lengths[row] for row in rows], device=query.device)
+            mask = (_places(max(lengths), query.device)[:, : int(ends.max())] < ends[:, None])[:, None, None]
+            given = query[rows][:, :, None]
+            mixed = self._gathered(pages, table[rows], given, ends.tolist(), mask, softmax_scale, softcap)
+            out[rows] = mixed[:, :, 0]
+        return out
 
-def _alike(rows: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
-    """`rows` in groups whose longest is at most a quarter longer than the shortest: a group costs its longest for each."""
-    groups: list[list[int]] = []
-    for row in sorted(rows, key=lambda row: lengths[row]):
-        if groups and 4 * lengths[row] <= 5 * lengths[groups[-1][0]]:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-    return groups
+    def _gathered(
+        self,
+        pages: Tensor,
+        table: Tensor,
+        query: Tensor,
+        lengths: Sequence[int],
+        mask: Tensor,
+        softmax_scale: float,
+        softcap: float | None,
+    ) -> Tensor:
+        """Attention `[R, H, Q, D]` over codes that are gathered first."""
+        keys, values = self.layout.read(pages, table, lengths)
+        rotation = self._rotation(_places(max(lengths), query.device))
+        return attend(query, (self._key, keys), (self._value, values), rotation, mask, softmax_scale, softcap)[0]
 
 
-def _mask(slot: Tensor, lengths: Sequence[int], queries: int, window: int | None) -> Tensor | None:
-    """Bool `[R, 1, Q, T]`, None where everything is seen."""
-    if queries == 1 and window is None and min(lengths) == len(slot):
-        return None
-    last = torch.tensor(lengths, device=slot.device)[:, None] - queries + torch.arange(queries, device=slot.device)
-    seen = slot <= last[..., None]
-    if window is not None:
-        seen &= slot > last[..., None] - window
-    return seen[:, None]
+def _places(count: int, device: torch.device) -> Tensor:
+    """0 to `count - 1`, int32 `[1, count]`."""
+    return _many_places(1 << (count - 1).bit_length(), device)[:, :count]
+
+
+@lru_cache(maxsize=4)
+def _many_places(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, dtype=torch.int32, device=device)[None]
 
 
 def _device(codec: Codec) -> torch.device:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kvfold.codecs.artifact import CodecSet, load
 from kvfold.errors import InputError
-from kvfold.serving.paged import PagedLayer, PageLayout
+from kvfold.serving.paged import PagedLayer, PageLayout, Rows
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -173,10 +173,9 @@ class _Coded:
         metadata = get_attention_context(layer.layer_name)[0]
         if metadata is None or not kv_cache.numel():  # warming up
             return
-        now = _Pass.of(metadata)
-        slots = slot_mapping[: now.tokens].long()
-        positions = now.positions.to(key.device)
-        self._paged(layer, key.device).store(_bytes(kv_cache), slots, key[: now.tokens], value[: now.tokens], positions)
+        tokens, positions = metadata.num_actual_tokens, _rows(metadata).positions.to(key.device)
+        slots = slot_mapping[:tokens].long()
+        self._paged(layer, key.device).store(_bytes(kv_cache), slots, key[:tokens], value[:tokens], positions)
 
     def forward(
         self,
@@ -195,37 +194,24 @@ class _Coded:
             raise InputError("attention whose output is not quantized", "a fused output scale", "serve without it")
         if attn_metadata is None:  # warming up
             return output
-        now = _Pass.of(attn_metadata)
+        tokens, rows = attn_metadata.num_actual_tokens, _rows(attn_metadata)
         softcap = float(getattr(self, "logits_soft_cap", 0.0) or 0.0) or None
         paged = self._paged(layer, query.device)
-        asked = query[: now.tokens].view(now.tokens, -1, self.head_size)
-        pages, table = _bytes(kv_cache), attn_metadata.block_table
-        mixed = paged.attend(pages, table, asked, now.queries, now.lengths, self.scale, softcap)
-        output[: now.tokens] = mixed.to(output.dtype).view(output[: now.tokens].shape)
+        asked = query[:tokens].view(tokens, -1, self.head_size)
+        mixed = paged.attend(_bytes(kv_cache), attn_metadata.block_table, asked, rows, self.scale, softcap)
+        output[:tokens] = mixed.to(output.dtype).view(output[:tokens].shape)
         return output
 
 
-@dataclass(frozen=True)
-class _Pass:
-    """What a pass's metadata say of its rows, read once for all layers: each reading waits for the device."""
-
-    tokens: int
-    queries: list[int]  # of each row: its newest tokens
-    lengths: list[int]  # of each row, those queries included; 0 for a row that asks nothing
-    positions: Tensor  # of the pass's tokens in their rows, int64 `[T]`
-
-    @classmethod
-    def of(cls, metadata: Any) -> _Pass:
-        found = getattr(metadata, "kvfold_pass", None)
-        if found is None:
-            bounds, told = metadata.query_start_loc.tolist(), metadata.seq_lens.tolist()
-            queries = [stop - start for start, stop in pairwise(bounds)]
-            lengths = [length if asked else 0 for length, asked in zip(told, queries, strict=False)]
-            rows = zip(lengths, queries, strict=True)
-            places = [torch.arange(length - asked, length) for length, asked in rows]
-            found = cls(metadata.num_actual_tokens, queries, lengths, torch.cat([torch.arange(0), *places]))
-            metadata.kvfold_pass = found  # vLLM makes metadata anew for every pass
-        return found
+def _rows(metadata: Any) -> Rows:
+    """A pass's rows, told once for all layers: each reading of the metadata waits for the device."""
+    found = getattr(metadata, "kvfold_rows", None)
+    if found is None:
+        bounds, told = metadata.query_start_loc.tolist(), metadata.seq_lens.tolist()
+        queries = [stop - start for start, stop in pairwise(bounds)]
+        found = Rows(queries, [length if asked else 0 for length, asked in zip(told, queries, strict=False)])
+        metadata.kvfold_rows = found  # vLLM makes metadata anew for every pass
+    return found
 
 
 def _bytes(kv_cache: Tensor) -> Tensor:

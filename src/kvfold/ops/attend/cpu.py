@@ -9,6 +9,7 @@ softmax weights vanish, values are left unread as long as the output provably ch
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,6 +46,47 @@ def attend_exact(
 ) -> tuple[Tensor, Tensor]:
     """As `naive.attend_exact`."""
     return torch.ops.kvfold.attend_exact(query, keys, values, mask, softmax_scale, softcap or 0.0)
+
+
+def attend_pages(
+    query: Tensor,
+    key: Coded,
+    value: Coded,
+    table: Tensor,
+    lengths: Sequence[int],
+    rotation: Rotation | None,
+    softmax_scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """As `pages.attend_pages`; ValueError for a page that is not there, or a token whose fields do not lie together."""
+    array, longest = native.array, max(lengths, default=0)
+    out = query.new_empty((*query.shape[:2], value.channels.numel()), dtype=torch.float32)
+    positions, inv_freq, factor, interleaved = rotation or (None, None, 1.0, False)
+    native.module().attend_pages(
+        array(query.float().contiguous()),
+        array(table.to(torch.int32)),
+        array(torch.tensor(lengths, dtype=torch.int32)),
+        array(key.packed),
+        _scale_bits(key.scale),
+        key.bits,
+        native.books(key.codebooks, key.book, key.channels),
+        array(value.packed),
+        _scale_bits(value.scale),
+        value.bits,
+        native.books(value.codebooks, value.book, value.channels),
+        None if key.center is None else array(key.center.float().contiguous()),
+        None if positions is None else array(positions[:, :longest].to(torch.int32).contiguous()),
+        None if inv_freq is None else array(inv_freq.float().contiguous()),
+        factor,
+        interleaved,
+        query.dtype == torch.bfloat16,
+        softmax_scale,
+        softcap or 0.0,
+        _skip(),
+        torch.get_num_threads(),
+        array(out),
+    )
+    return out
 
 
 def _skip() -> float:

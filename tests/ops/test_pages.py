@@ -1,0 +1,91 @@
+"""Attention of a decode step over codes in pages: what attention over the same rows' codes is, one after the other."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from coded import coded, rotation
+from torch import Tensor
+
+from kvfold import ops
+from kvfold.ops import native
+
+BLOCK = 32
+
+
+def paged(side: ops.Coded, other: ops.Coded, pages: int) -> tuple[ops.Coded, ops.Coded]:
+    """Both sides' codes of one row, `[1, G, T, ...]`, as pages `[pages, G, BLOCK, ...]`, a token's fields together."""
+    fields = [
+        field[0].contiguous().view(torch.uint8).unflatten(1, (pages, BLOCK)).transpose(0, 1)
+        for coded_side in (side, other)
+        for field in (coded_side.packed, coded_side.scale)
+    ]
+    token = torch.cat((*fields, torch.full_like(fields[0][..., :2], 255)), -1)  # with room behind
+    starts = torch.tensor([0, *(field.shape[-1] for field in fields)]).cumsum(0).tolist()
+    parts = [token[..., start:stop] for start, stop in pairwise(starts)]
+    first, second = (
+        whole._replace(packed=parts[i], scale=parts[i + 1].view(whole.scale.dtype)) for whole, i in ((side, 0), (other, 2))
+    )
+    return first, second
+
+
+def both(pages: int, heads: int, **how: bool) -> tuple[ops.Coded, ops.Coded]:
+    return coded(1, heads, pages * BLOCK, 64, **how), coded(1, heads, pages * BLOCK, 64)
+
+
+def rows_of(side: ops.Coded, pages: Tensor, length: int) -> ops.Coded:
+    where = (pages[:, None] * BLOCK + torch.arange(BLOCK)).flatten()[:length]
+    return side._replace(packed=side.packed[:, :, where], scale=side.scale[:, :, where])
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("lengths", [[700], [1, 500, 0, 32, 90, 431, 700]])
+def test_every_row_reads_its_own_pages(backend: str, lengths: list[int], threads: int, turned: bool, heads: int) -> None:
+    key, value = both(40, heads, strided=turned)
+    pages = torch.stack([torch.randperm(40)[:22] for _ in lengths])  # rows share pages
+    table = pages.clone()
+    for row, length in enumerate(lengths):
+        table[row, -(-length // BLOCK) :] = 10**6  # behind the end there is anything
+    query = torch.randn(len(lengths), 3 * heads, 64)
+    turn = rotation(1000, 64) if turned else None
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        out = ops.attend_pages(query, *paged(key, value, 40), table, lengths, turn, 0.1, backend=backend)
+    finally:
+        torch.set_num_threads(before)
+    for row, length in enumerate(lengths):
+        if not length:
+            assert not out[row].any()
+            continue
+        sides = rows_of(key, pages[row], length), rows_of(value, pages[row], length)
+        own = None if turn is None else turn.slice(0, length)
+        right = ops.attend(query[row : row + 1, :, None], *sides, own, None, 0.1, backend=backend)[0][0, :, 0]
+        assert torch.allclose(out[row], right, rtol=0, atol=1e-5 * float(right.abs().max()))
+
+
+@pytest.mark.skipif(not native.available_isas(), reason=native.MISSING)
+@pytest.mark.parametrize("page", [-1, 4, 2**31 - 1])
+def test_a_page_that_is_not_there_is_refused(page: int) -> None:
+    sides, table = paged(*both(4, 2), 4), torch.tensor([[0, page, 1]])
+    with pytest.raises(ValueError, match="a page that is not there"):
+        ops.attend_pages(torch.randn(1, 2, 64), *sides, table, [70], None, 1.0, backend="cpu")
+
+
+@pytest.mark.skipif(not native.available_isas(), reason=native.MISSING)
+def test_a_row_longer_than_its_pages_is_refused() -> None:
+    sides = paged(*both(4, 2), 4)
+    with pytest.raises(ValueError, match="longer than its pages"):
+        ops.attend_pages(torch.randn(1, 2, 64), *sides, torch.tensor([[0, 1]]), [65], None, 1.0, backend="cpu")
+
+
+@pytest.mark.skipif(not native.available_isas(), reason=native.MISSING)
+def test_fields_of_a_token_lie_together() -> None:
+    key, value = paged(*both(4, 2), 4)
+    apart = value._replace(packed=value.packed.contiguous())
+    with pytest.raises(ValueError, match="lie together in a token"):
+        ops.attend_pages(torch.randn(1, 2, 64), key, apart, torch.tensor([[0, 1]]), [40], None, 1.0, backend="cpu")
