@@ -257,7 +257,8 @@ bool supports(const std::string& isa) {
                       __builtin_cpu_supports("avx512vnni");
   if (isa == "avx2") return avx2;
   if (isa == "avx512") return avx512;
-  if (isa == "amx") return avx512 && amx_usable();
+  const bool bytes = __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
+  if (isa == "amx") return avx512 && bytes && __builtin_cpu_supports("avx512bf16") && amx_usable();
 #endif
   return isa == "portable";
 }
