@@ -23,6 +23,20 @@ struct EncodeCall {
   int threads;
 };
 
+// x [batch, heads, tokens, groups * dim] with strides in elements; `channels` [groups * dim]; `weights` [heads, groups, dim, dim]
+// or null; vectors [batch, heads, tokens, groups, dim] and one of the scales [batch, heads, tokens], the other is null.
+struct ScaleCall {
+  const float* x;
+  const int64_t* channels;
+  const float* weights;
+  float* vectors;
+  uint16_t* scales;
+  uint8_t* short_scales;
+  int64_t batch, heads, tokens, groups, dim;
+  int64_t batch_stride, head_stride, token_stride;
+  int threads;
+};
+
 struct DecodeCall {
   const int32_t* codes;
   float* vectors;
@@ -68,6 +82,7 @@ struct AttendCall {
 };
 
 void encode(const EncodeCall&);
+void scaled_groups(const ScaleCall&);
 void decode(const DecodeCall&);
 void attend(const AttendCall&);
 

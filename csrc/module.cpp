@@ -30,6 +30,9 @@ namespace {
 template <class T>
 using Array = nb::ndarray<T, nb::device::cpu>;
 
+using Scale = nb::ndarray<nb::ro, nb::device::cpu>;  // uint16, the bits of a float16, or uint8, the upper ones of them
+using NewScale = nb::ndarray<nb::device::cpu>;       // the same, to be written
+
 void require(bool holds, const char* what) {
   if (!holds) throw std::invalid_argument(what);
 }
@@ -76,6 +79,38 @@ void encode_arrays(const Array<const float>& vectors, const Books& books, int64_
   encode(call);
 }
 
+void scale_arrays(const Array<const float>& x, const Array<const int64_t>& channels,
+                  const std::optional<Array<const float>>& weights, int threads, const Array<float>& vectors, const NewScale& scale) {
+  require(x.ndim() == 4 && channels.ndim() == 2, "x [B, G, T, D] and channels [P, d]");
+  const int64_t batch = x.shape(0), heads = x.shape(1), tokens = x.shape(2), width = x.shape(3);
+  const int64_t groups = channels.shape(0), dim = channels.shape(1);
+  require(groups * dim == width && width >= 1, "as many channels as x has");
+  require(width == 1 || x.stride(3) == 1, "x has gaps within a token");
+  require_dense(channels, "channels");
+  for (int64_t i = 0; i < width; i++) require(channels.data()[i] >= 0 && channels.data()[i] < width, "channels of x");
+  require_shape(vectors, {batch, heads, tokens, groups, dim}, "vectors, not [B, G, T, P, d]");
+  require_dense(vectors, "vectors");
+  require_shape(scale, {batch, heads, tokens, 1}, "scale, not [B, G, T, 1]");
+  require(scale.size() == 0 || scale.stride(2) == 1, "scale has gaps");
+  const bool short_scale = scale.dtype() == nb::dtype<uint8_t>();
+  require(short_scale || scale.dtype() == nb::dtype<uint16_t>(), "scale of uint8 or uint16");
+  ScaleCall call{};
+  if (weights) {
+    require_shape(*weights, {heads, groups, dim, dim}, "weights, not [G, P, d, d]");
+    require_dense(*weights, "weights");
+    call.weights = weights->data();
+  }
+  call.x = x.data(), call.channels = channels.data(), call.vectors = vectors.data(), call.threads = threads;
+  if (short_scale)
+    call.short_scales = static_cast<uint8_t*>(scale.data());
+  else
+    call.scales = static_cast<uint16_t*>(scale.data());
+  call.batch = batch, call.heads = heads, call.tokens = tokens, call.groups = groups, call.dim = dim;
+  call.batch_stride = x.stride(0), call.head_stride = x.stride(1), call.token_stride = x.stride(2);
+  nb::gil_scoped_release free;
+  scaled_groups(call);
+}
+
 void decode_arrays(const Array<const int32_t>& codes, const Books& books, int threads, const Array<float>& vectors) {
   require(codes.ndim() == 5, "codes [B, G, T, S, P]");
   const int64_t batch = codes.shape(0), tokens = codes.shape(2);
@@ -87,8 +122,6 @@ void decode_arrays(const Array<const int32_t>& codes, const Books& books, int th
   nb::gil_scoped_release free;
   decode(call);
 }
-
-using Scale = nb::ndarray<nb::ro, nb::device::cpu>;  // uint16, the bits of a float16, or uint8, the upper ones of them
 
 Side coded_side(const Array<const uint8_t>& packed, const Scale& scale, int bits, const Books& books,
                 int64_t batch, int64_t tokens) {
@@ -271,6 +304,7 @@ NB_MODULE(KV_MODULE, m) {
   nb::class_<Books>(m, "Books").def_prop_ro("heads", [](const Books& books) { return books.heads; });
   m.def("make_books", &make_books, "codebooks"_a, "book"_a, "channels"_a, nb::rv_policy::take_ownership);
   m.def("encode", &encode_arrays);
+  m.def("scaled_groups", &scale_arrays, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg());
   m.def("decode", &decode_arrays);
   m.def("attend_codes", &attend_codes, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
         nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),

@@ -34,14 +34,14 @@ from kvfold.codecs.base import NO_FACTS, Codec, Facts
 from kvfold.codecs.kmeans import kmeans, nearest
 from kvfold.codes import Codes
 from kvfold.errors import InputError
+from kvfold.ops.encode import naive
 from kvfold.ops.native import version
-from kvfold.packing import pack, pack_scale, packed_bytes, unpack, unpack_scale
+from kvfold.packing import pack, packed_bytes, unpack
 
 _GROUPINGS = ("strided", "contiguous")
 _SHARINGS = ("layer", "head")
 _DTYPES = {"float16": torch.float16, "float8": torch.float8_e4m3fn}
 _DAMPING = 1e-3  # of the mean eigenvalue, added to all: directions without influence still count a little
-_CONSTANT = 1024  # a vector so many times larger than its spread would leave float16 if divided by it
 
 
 @dataclass(frozen=True)
@@ -191,14 +191,17 @@ class ResidualCodec(Codec):
 
     def _encode(self, x: Tensor) -> Codes:
         self._require_heads(x.shape[1])
-        vectors, scale = self.scaled_groups(x)
-        return Codes({"codes": pack(self._search_codes(vectors).flatten(-2), self.bits), "scale": scale})
+        vectors, scale = ops.scaled_groups(x, self.channels, self.weights, self._settings.scale_bits)
+        return Codes({"codes": pack(self._found(vectors).flatten(-2), self.bits), "scale": scale})
 
     def _search_codes(self, vectors: Tensor) -> Tensor:
         """Codes int32 `[B, G, T, S, P]` of scaled vectors `[B, G, T, P, d]`."""
         if self.weights is not None:
             vectors = torch.einsum("bgtpd,gpde->bgtpe", vectors, self.weights.float())
-        return ops.encode(vectors, *self._search(), self._settings.beam)
+        return self._found(vectors)
+
+    def _found(self, weighted: Tensor) -> Tensor:
+        return ops.encode(weighted, *self._search(), self._settings.beam)
 
     def _search(self) -> tuple[Tensor, Tensor]:
         """Codebooks and book of the search: with weights, every (stage, head, group) has its own, `codewords @ weights`."""
@@ -227,9 +230,9 @@ class ResidualCodec(Codec):
 
     def scaled_groups(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What the codebooks see of `x [..., D]`: float32 group vectors `[..., P, d]`, and the scales `[..., 1]` as stored."""
-        x = x.float()
-        scale = self._scale(x)
-        return (x / _divisor(unpack_scale(scale)))[..., self.channels], scale
+        shape = x.shape
+        vectors, scale = naive.scaled_groups(x.reshape(1, 1, -1, shape[-1]), self.channels, None, self._settings.scale_bits)
+        return vectors.view(*shape[:-1], *self.channels.shape), scale.view(*shape[:-1], 1)
 
     def stage_tables(self) -> Tensor:
         """Codebooks by stage, float32 `[S, C, d]`.
@@ -333,15 +336,6 @@ class ResidualCodec(Codec):
         codec.channels = codec.channels.to(codebooks.device)
         return codec
 
-    def _scale(self, x: Tensor) -> Tensor:
-        """Standard deviation over the channels (N - 1 in the divisor, as the paper's code), `[..., 1]`, as stored.
-
-        The largest magnitude for a vector that is constant but for rounding, 0 for one of zeros.
-        """
-        spread, peak = x.std(-1, keepdim=True), x.abs().amax(-1, keepdim=True)
-        scale = torch.where(spread * _CONSTANT < peak, peak, spread)
-        return pack_scale(scale) if self._settings.scale_bits == 8 else scale.clamp_max(torch.finfo(torch.float16).max).half()
-
     def _stored(self, tables: Tensor) -> Tensor:
         """`tables` in the dtype of this codec's codebooks."""
         dtype = _DTYPES[self._settings.codebook_dtype]
@@ -361,10 +355,6 @@ class ResidualCodec(Codec):
             if not fitted:
                 raise InputError("a fitted codec", "one without codebooks", "call fit, or kvfold.calibrate, first")
             raise InputError(f"{fitted} KV heads", f"{heads}", "use the codec with the model it was calibrated for")
-
-
-def _divisor(scale: Tensor) -> Tensor:
-    return torch.where(scale > 0, scale, 1.0)
 
 
 def _power(matrix: Tensor, exponent: float) -> Tensor:

@@ -15,6 +15,13 @@ def encode(vectors: Tensor, codebooks: Tensor, book: Tensor, beam: int = 1, back
     return select("encode", backend, vectors.device.type)(vectors, codebooks, book, beam)
 
 
+def scaled_groups(
+    x: Tensor, channels: Tensor, weights: Tensor | None, scale_bits: int, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """What the search sees of vectors, and their scales; see `ops/encode/naive.py`."""
+    return select("scaled_groups", backend, x.device.type)(x, channels, weights, scale_bits)
+
+
 def decode(codes: Tensor, codebooks: Tensor, book: Tensor, backend: str | None = None) -> Tensor:
     """Codes to vectors; see `ops/decode/naive.py`."""
     return select("decode", backend, codes.device.type)(codes, codebooks, book)
@@ -62,6 +69,7 @@ __all__ = [
     "merge",
     "rotate",
     "rotated_center",
+    "scaled_groups",
     "select",
     "unrotate",
 ]

@@ -29,12 +29,14 @@ from kvfold.ops.interpreter import interpreted
 _BACKENDS: dict[str, dict[str, Callable]] = {
     "naive": {
         "encode": naive_encode.encode,
+        "scaled_groups": naive_encode.scaled_groups,
         "decode": naive_decode.decode,
         "attend": naive_attend.attend,
         "attend_exact": naive_attend.attend_exact,
     },
     "cpu": {
         "encode": cpu_encode.encode,
+        "scaled_groups": cpu_encode.scaled_groups,
         "decode": cpu_decode.decode,
         "attend": cpu_attend.attend,
         "attend_exact": cpu_attend.attend_exact,
@@ -48,7 +50,7 @@ def available_backends() -> list[str]:
 
 
 def select(op: str, backend: str | None = None, device: str = "cpu") -> Callable:
-    """The function of `op` ("encode", "decode", "attend", "attend_exact") for tensors on a device of that type.
+    """The function of `op` ("encode", "scaled_groups", "decode", "attend", "attend_exact") for tensors on such a device.
 
     Raises:
         InputError: the backend asked for, or named by `KVFOLD_BACKEND`, is unknown, missing or for another device.
@@ -81,7 +83,8 @@ def _gpu() -> dict[str, Callable]:
     """Imported when first needed: Triton takes a second, and has to know by then whether it is to interpret."""
     encode, decode, attend = (importlib.import_module(f"kvfold.ops.{op}.gpu") for op in ("encode", "decode", "attend"))
     found = {"encode": encode.encode, "decode": decode.decode, "attend": attend.attend}
-    return {**found, "attend_exact": naive_attend.attend_exact}  # exact tokens are few: PyTorch's own products
+    # PyTorch's own kernels: there is little to scale, and exact tokens are few.
+    return {**found, "scaled_groups": naive_encode.scaled_groups, "attend_exact": naive_attend.attend_exact}
 
 
 @cache

@@ -11,6 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvfold.packing import pack_scale, unpack_scale
+
+_CONSTANT = 1024  # a vector so many times larger than its spread would leave float16 if divided by it
 # Scores of one block of rows stay in a CPU's second-level cache; the result does not depend on it.
 _BLOCK_SCORES = 1 << 18
 
@@ -40,6 +43,30 @@ def encode(vectors: Tensor, codebooks: Tensor, book: Tensor, beam: int = 1) -> T
         found = encode_rows(chosen.reshape(-1, chosen.shape[-1]), tables, beam)
         codes[:, heads_of, :, :, groups_of] = found.view(*chosen.shape[:-1], stages)
     return codes
+
+
+def scaled_groups(x: Tensor, channels: Tensor, weights: Tensor | None, scale_bits: int) -> tuple[Tensor, Tensor]:
+    """What the search sees of vectors, and their scales as stored.
+
+    The scale is the standard deviation over the channels (N - 1 in the divisor); the largest magnitude for a vector that is
+    constant but for rounding, 0 for one of zeros.
+
+    Args:
+        x: float `[B, G, T, D]`.
+        channels: integers `[P, d]`, which channels are a group.
+        weights: float `[G, P, d, d]` that groups are multiplied by from the right; None for none.
+        scale_bits: 16, or 8 for `packing.pack_scale`.
+
+    Returns:
+        float32 `[B, G, T, P, d]`, and float16 or uint8 `[B, G, T, 1]`.
+    """
+    x = x.float()
+    spread, peak = x.std(-1, keepdim=True), x.abs().amax(-1, keepdim=True)
+    scale = torch.where(spread * _CONSTANT < peak, peak, spread)
+    scale = pack_scale(scale) if scale_bits == 8 else scale.clamp_max(torch.finfo(torch.float16).max).half()
+    divisor = unpack_scale(scale)
+    vectors = (x / torch.where(divisor > 0, divisor, 1.0))[..., channels]
+    return vectors if weights is None else torch.einsum("bgtpd,gpde->bgtpe", vectors, weights.float()), scale
 
 
 def encode_rows(rows: Tensor, tables: Tensor, beam: int) -> Tensor:
