@@ -68,8 +68,10 @@ class AmxEncoder {
   void encode(const Block& block) {
     const int64_t depth = books_.stages, count = block.count;
     for (int64_t i = 0; i < count; i++) {
-      std::copy_n(block.vectors + i * block.stride, books_.dim, &sides_[0].residual[i * dim_]);
-      sides_[0].half_square[i] = 0.5f * _mm512_reduce_add_ps(finish(sides_[0], i));
+      const float* x = block.vectors + i * block.stride;
+      __m512 square = _mm512_setzero_ps();
+      for (int64_t j = 0; j < dim_; j += 32) square = put(sides_[0], i * dim_ + j, part<false>(x, j), part<false>(x, j + 16), square);
+      sides_[0].half_square[i] = 0.5f * _mm512_reduce_add_ps(square);
     }
     const AmxTiles tiles;
     int64_t width = 1, room = 1;
@@ -86,7 +88,10 @@ class AmxEncoder {
         if (found < kMany && vectors < count) continue;
         rescore(stage, from, found);
         choose(stage, done, vectors, &steps_[s * most_rows_]);
-        if (!last) descend(stage, from, to, done * room_, vectors * room_, &steps_[s * most_rows_]);
+        if (!last && books_.dim == 32)
+          descend<true>(stage, from, to, done * room_, vectors * room_, &steps_[s * most_rows_]);
+        else if (!last)
+          descend<false>(stage, from, to, done * room_, vectors * room_, &steps_[s * most_rows_]);
         found = 0;
         done = vectors;
       }
@@ -113,15 +118,18 @@ class AmxEncoder {
     Aligned<float> half_square;  // [rows]
   };
 
-  // Rounds a residual and returns the parts of its square.
-  __m512 finish(Side& side, int64_t row) const {
-    __m512 square = _mm512_setzero_ps();
-    for (int64_t j = 0; j < dim_; j += 32) {
-      const __m512 low = _mm512_loadu_ps(&side.residual[row * dim_ + j]), high = _mm512_loadu_ps(&side.residual[row * dim_ + j + 16]);
-      square = _mm512_fmadd_ps(low, low, _mm512_fmadd_ps(high, high, square));
-      _mm512_storeu_si512(&side.rounded[row * dim_ + j], (__m512i)_mm512_cvtne2ps_pbh(high, low));
-    }
-    return square;
+  // Entries j to j + 15 of a codeword or vector, zeros behind its end.
+  template <bool k32>
+  __m512 part(const float* x, int64_t j) const {
+    return k32 ? _mm512_loadu_ps(x + j) : _mm512_maskz_loadu_ps(lanes_left(books_.dim - j), x + j);
+  }
+
+  // Writes 32 entries of a residual, also rounded, and adds the parts of their square.
+  static __m512 put(Side& side, int64_t at, __m512 low, __m512 high, __m512 square) {
+    _mm512_store_ps(&side.residual[at], low);
+    _mm512_store_ps(&side.residual[at + 16], high);
+    _mm512_store_si512(&side.rounded[at], (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    return _mm512_fmadd_ps(low, low, _mm512_fmadd_ps(high, high, square));
   }
 
   // errors_[codeword / 16][row][codeword % 16] = ||C||^2 / 2 - r . C, nearly, of 16 rows, and the lowest of each set of four.
@@ -195,6 +203,8 @@ class AmxEncoder {
   // Candidates of 16 rows from `first` on, behind the `found` that are there; returns how many there are now.
   int64_t collect(const Stage& stage, const Side& from, int64_t first, int64_t found) {
     score(stage.m, &from.rounded[first * dim_]);
+    const char* next = reinterpret_cast<const char*>(&from.rounded[first * dim_] + kRows * dim_);  // what the unit will wait for
+    for (int64_t r = 0; r < kRows; r++) _mm_prefetch(next + r * 2 * dim_, _MM_HINT_T0);
     const float* half_squares = &from.half_square[first];
     if (padded_ == 256 && stage.room == 4)
       bounds<4, 4>(stage, half_squares);
@@ -210,46 +220,53 @@ class AmxEncoder {
   // Half an error, `half_square + score`, is off by no more than `reach`. `wider` of them are below the limit after it is added.
   template <int kRoom, int kStrips>  // 0: any
   void bounds(const Stage& stage, const float* half_squares) {
-    const int64_t room = kRoom ? kRoom : stage.room, strips = kStrips ? kStrips : padded_ / 64, vectors = kRows / room;
+    const int64_t room = kRoom ? kRoom : stage.room;
     const __m512 half = _mm512_loadu_ps(half_squares), infinity = _mm512_set1_ps(kInfinity);
     const float rounding = (dim_ + 8) * 6e-8f, longest = tiles_.longest[stage.m];
     const float slope = tiles_.rounding[stage.m] + longest * (1.003f / 512 + rounding);
     __m512 reach = _mm512_mul_ps(_mm512_sqrt_ps(_mm512_add_ps(half, half)), _mm512_set1_ps(slope));
     reach = _mm512_add_ps(reach, _mm512_fmadd_ps(half, _mm512_set1_ps(rounding), _mm512_set1_ps(longest * longest * rounding + 1e-30f)));
-    alignas(64) float up[kRows];
+    alignas(64) float up[kRows], limits[kRows];
     _mm512_store_ps(up, _mm512_add_ps(half, reach));
     const __mmask16 used = _mm512_cmp_ps_mask(half, infinity, _CMP_LT_OQ);
     const __m512 down = _mm512_mask_sub_ps(infinity, used, half, reach);
-    alignas(64) float limits[kRows];
-    if (stage.wider <= 4) {
-      for (int64_t v = 0; v < vectors; v += 4) {
-        __m512 least[4];
-        for (int64_t k = 0; k < 4; k++) {
-          least[k] = infinity;
-          for (int64_t r = (v + k) * room; r < (v + k + 1) * room; r++) {
-            __m512 low = _mm512_load_ps(lowest(0, r));
-            for (int64_t s = 1; s < strips; s++) low = _mm512_min_ps(low, _mm512_load_ps(lowest(s, r)));
-            least[k] = _mm512_min_ps(least[k], _mm512_add_ps(low, _mm512_set1_ps(up[r])));
-          }
-        }
-        _mm_store_ps(limits + v, stage.wider == 1 ? first_of_16(least) : fourth_of_16(least));
-      }
-    } else {
-      for (int64_t v = 0; v < vectors; v++) {
-        __m512 least[4];
-        for (__m512& low : least) low = infinity;
-        for (int64_t r = v * room; r < (v + 1) * room; r++)
-          for (int64_t s = 0; s < strips; s++) {
-            __m512& low = least[(r + s) % 4];
-            low = _mm512_min_ps(low, _mm512_add_ps(_mm512_load_ps(lowest(s, r)), _mm512_set1_ps(up[r])));
-          }
-        limits[v] = least_of_64(least, stage.wider);
-      }
-    }
+    if (stage.wider <= 4)
+      limits_of<1, kRoom, kStrips>(stage, up, limits);
+    else if (stage.wider <= 8)
+      limits_of<2, kRoom, kStrips>(stage, up, limits);
+    else
+      limits_of<4, kRoom, kStrips>(stage, up, limits);
     __m512i of_row = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     of_row = _mm512_srl_epi32(of_row, _mm_cvtsi32_si128(__builtin_ctz(static_cast<unsigned>(room))));
     const __m512 limit = _mm512_min_ps(_mm512_permutexvar_ps(of_row, _mm512_load_ps(limits)), _mm512_set1_ps(FLT_MAX));
     _mm512_store_ps(bounds_, _mm512_sub_ps(limit, down));
+  }
+
+  // limits[vector]: what at least `wider` of its candidates do not exceed. The lowest of 16 sets of candidates tell it for one of
+  // them or for four. For more, the candidates are divided into kGroups, of each of which four do not exceed the group's limit.
+  template <int kGroups, int kRoom, int kStrips>
+  void limits_of(const Stage& stage, const float* up, float* limits) {
+    const int64_t room = kRoom ? kRoom : stage.room, strips = kStrips ? kStrips : padded_ / 64, vectors = kRows / room;
+    for (int64_t first = 0; first < vectors; first += 4 / kGroups) {
+      __m512 least[4];
+      for (__m512& group : least) group = _mm512_set1_ps(kInfinity);
+      for (int64_t k = 0; k < std::min<int64_t>(4 / kGroups, vectors); k++)
+        for (int64_t r = (first + k) * room; r < (first + k + 1) * room; r++) {
+          __m512 low[kGroups];
+          for (__m512& group : low) group = _mm512_set1_ps(kInfinity);
+          for (int64_t s = 0; s < strips; s++) low[s % kGroups] = _mm512_min_ps(low[s % kGroups], _mm512_load_ps(lowest(s, r)));
+          for (int64_t i = 0; i < kGroups; i++)
+            least[k * kGroups + i] = _mm512_min_ps(least[k * kGroups + i], _mm512_add_ps(low[i], _mm512_set1_ps(up[r])));
+        }
+      if (stage.wider == 1) {
+        _mm_store_ps(limits + first, first_of_16(least));
+        continue;
+      }
+      mix<kGroups>(least);  // a group's candidates have lanes of their own, from all strips
+      alignas(16) float fourth[4];
+      _mm_store_ps(fourth, fourth_of_16(least));
+      for (int64_t k = 0; k < 4 / kGroups; k++) limits[first + k] = *std::max_element(fourth + k * kGroups, fourth + (k + 1) * kGroups);
+    }
   }
 
   // Sets that reach their row's bound, as row << 16 | set.
@@ -331,18 +348,10 @@ class AmxEncoder {
     __m512 products[16];
     for (int k = 0; k < 16; k++) {
       const uint32_t id = candidates_[i + k];
-      if (k32) {
-        const float *a = residuals + (id >> 16) * 32, *b = table + (id & 0xffff) * 32;
-        products[k] = _mm512_mul_ps(_mm512_load_ps(a), _mm512_load_ps(b));
-        products[k] = _mm512_fmadd_ps(_mm512_load_ps(a + 16), _mm512_load_ps(b + 16), products[k]);
-        continue;
-      }
-      const float *a = residuals + (id >> 16) * dim_, *b = table + (id & 0xffff) * books_.dim;
-      products[k] = _mm512_setzero_ps();
-      for (int64_t j = 0; j < books_.dim; j += 16) {
-        const __m512 part = _mm512_maskz_loadu_ps(lanes_left(books_.dim - j), b + j);
-        products[k] = _mm512_fmadd_ps(_mm512_load_ps(a + j), part, products[k]);
-      }
+      const float *a = residuals + (id >> 16) * (k32 ? 32 : dim_), *b = table + (id & 0xffff) * books_.dim;
+      products[k] = _mm512_mul_ps(_mm512_load_ps(a), part<k32>(b, 0));
+      for (int64_t j = 16; j < (k32 ? 32 : dim_); j += 16)
+        products[k] = _mm512_fmadd_ps(_mm512_load_ps(a + j), part<k32>(b, j), products[k]);
     }
     return sums_of_16(products);
   }
@@ -355,7 +364,12 @@ class AmxEncoder {
     for (int64_t v = first; v < last; v++) {
       const int64_t start = ends_[v], count = ends_[v + 1] - start;
       if (stage.wider > 4 || count > 8) {
-        lowest_keys(&keys_[start], count, stage.wider, chosen + v * room_);
+        alignas(64) uint32_t best[kRanked] = {};
+        if (count <= kRanked)
+          in_ranks(&keys_[start], count, best);
+        else
+          in_turn(&keys_[start], count, stage.wider, best);
+        std::copy_n(best, room_, chosen + v * room_);
         continue;
       }
       const __m512d keys = _mm512_mask_loadu_pd(none, static_cast<__mmask8>((1u << count) - 1), &keys_[start]);
@@ -365,19 +379,20 @@ class AmxEncoder {
   }
 
   // The partial codes `chosen` become rows `first` to `last - 1` of the next stage.
+  template <bool k32>
   void descend(const Stage& stage, const Side& from, Side& to, int64_t first, int64_t last, const uint32_t* chosen) {
     const float* table = books_.table(stage.m);
     for (int64_t row = first; row < last; row += 4) {  // behind the last there is room
       __m512 squares[4];
       for (int64_t k = 0; k < 4; k++) {
         const uint32_t id = chosen[row + k];
-        const float *parent = &from.residual[(id >> 16) * dim_], *codeword = table + (id & 0xffff) * books_.dim;
-        float* child = &to.residual[(row + k) * dim_];
-        for (int64_t j = 0; j < books_.dim; j += 16) {
-          const __m512 part = _mm512_maskz_loadu_ps(lanes_left(books_.dim - j), codeword + j);
-          _mm512_store_ps(child + j, _mm512_sub_ps(_mm512_load_ps(parent + j), part));
+        const float *parent = &from.residual[(id >> 16) * (k32 ? 32 : dim_)], *codeword = table + (id & 0xffff) * books_.dim;
+        squares[k] = _mm512_setzero_ps();
+        for (int64_t j = 0; j < (k32 ? 32 : dim_); j += 32) {
+          const __m512 low = _mm512_sub_ps(_mm512_load_ps(parent + j), part<k32>(codeword, j));
+          const __m512 high = _mm512_sub_ps(_mm512_load_ps(parent + j + 16), part<k32>(codeword, j + 16));
+          squares[k] = put(to, (row + k) * (k32 ? 32 : dim_) + j, low, high, squares[k]);
         }
-        squares[k] = finish(to, row + k);
       }
       _mm_store_ps(&to.half_square[row], _mm_mul_ps(_mm_set1_ps(0.5f), sums_of_4(squares[0], squares[1], squares[2], squares[3])));
     }
@@ -385,20 +400,28 @@ class AmxEncoder {
       std::fill_n(&to.half_square[row + stage.wider], room_ - stage.wider, kInfinity);
   }
 
-  void lowest_keys(const uint64_t* keys, int64_t count, int64_t wanted, uint32_t* chosen) const {
-    uint64_t best[kRows];
-    std::fill_n(best, kRows, kNone);
+  // What the keys name, by how many keys are below each.
+  static void in_ranks(const uint64_t* keys, int64_t count, uint32_t* best) {
     for (int64_t i = 0; i < count; i++) {
-      if (keys[i] >= best[wanted - 1]) continue;
-      int64_t at = wanted - 1;
-      for (; at > 0 && best[at - 1] > keys[i]; at--) best[at] = best[at - 1];
-      best[at] = keys[i];
+      const __m512i key = _mm512_set1_epi64(static_cast<int64_t>(keys[i]));
+      int64_t rank = 0;
+      for (int64_t j = 0; j < count; j += 8) {
+        const __mmask8 there = static_cast<__mmask8>(lanes_left(count - j));
+        rank += __builtin_popcount(_mm512_mask_cmplt_epi64_mask(there, _mm512_maskz_loadu_epi64(there, keys + j), key));
+      }
+      best[rank] = static_cast<uint32_t>(keys[i]);
     }
-    for (int64_t i = 0; i < room_; i++) chosen[i] = static_cast<uint32_t>(best[i]);
+  }
+
+  static void in_turn(const uint64_t* keys, int64_t count, int64_t wanted, uint32_t* best) {
+    std::vector<uint64_t> sorted(wanted);
+    std::partial_sort_copy(keys, keys + count, sorted.begin(), sorted.end());
+    for (int64_t i = 0; i < wanted; i++) best[i] = static_cast<uint32_t>(sorted[i]);
   }
 
   static constexpr float kInfinity = std::numeric_limits<float>::infinity();
   static constexpr uint64_t kNone = 0x7fe0000000000000;  // above every key; codeword 0 of row 0
+  static constexpr int64_t kRanked = 64;                 // keys that are compared each with each
   static constexpr int64_t kMany = 2048;                 // candidates that are rescored together, and those of one more tile
 
   const Books& books_;

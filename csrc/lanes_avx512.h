@@ -6,7 +6,6 @@
 #include <immintrin.h>
 
 #include <cstdint>
-#include <limits>
 
 namespace kvfold {
 
@@ -88,15 +87,21 @@ inline __m128 fourth_of_16(__m512 (&x)[4]) {
   return _mm512_castps512_ps128(_mm512_max_ps(_mm512_max_ps(x[0], x[1]), _mm512_max_ps(x[2], x[3])));
 }
 
-// A number that `count` of the 64 do not exceed; infinity if there is none.
-inline float least_of_64(__m512 (&x)[4], int64_t count) {
-  const auto least = [&] { return _mm512_min_ps(_mm512_min_ps(x[0], x[1]), _mm512_min_ps(x[2], x[3])); };
-  const __m512 infinity = _mm512_set1_ps(std::numeric_limits<float>::infinity());
-  for (int64_t i = 1; i < count; i++) {
-    const __m512 low = _mm512_set1_ps(_mm512_reduce_min_ps(least()));
-    for (__m512& part : x) part = _mm512_mask_mov_ps(part, _mm512_cmp_ps_mask(part, low, _CMP_LE_OQ), infinity);
+// Of registers two by two, or all four: the k-th gets the k-th part of each one's lanes.
+template <int kGroups>
+inline void mix(__m512 (&x)[4]) {
+  if (kGroups == 1) return;
+  for (int k = 0; k < 4; k += 2) {
+    const __m512 first = x[k], second = x[k + 1];
+    x[k] = _mm512_shuffle_f32x4(first, second, 0x44);
+    x[k + 1] = _mm512_shuffle_f32x4(first, second, 0xee);
   }
-  return _mm512_reduce_min_ps(least());
+  if (kGroups == 2) return;
+  const __m512 a = x[0], b = x[1], c = x[2], d = x[3];
+  x[0] = _mm512_shuffle_f32x4(a, c, 0x88);
+  x[1] = _mm512_shuffle_f32x4(a, c, 0xdd);
+  x[2] = _mm512_shuffle_f32x4(b, d, 0x88);
+  x[3] = _mm512_shuffle_f32x4(b, d, 0xdd);
 }
 
 template <int kMask, int kBlend>

@@ -50,7 +50,7 @@ def bench_generation(args: argparse.Namespace) -> None:
             rows.append([str(one["context"]), name, *(f"{one[field] / unit:.2f}" for field, unit, _ in units)])
         rows.append(["", "kvfold/plain", *(f"{ours[field] / plain[field]:.3f}" for field, _, _ in units)])
     shares = [
-        f"{one['context']} tokens: encoding takes {one['encode_s']:.3f} s, {one['encode_share']:.1%} of the plain cache's prefill"
+        f"{one['context']} tokens: encoding takes {one['encode_s']:.3f} s, {one['encode_share']:.1%} of the plain prefill"
         for one in results
         if one["encode_s"] is not None
     ]
