@@ -75,12 +75,17 @@ Books::Tiles make_tiles(const Books& books) {
   Books::Tiles made;
   made.parts = (dim + 31) / 32;
   made.halves.assign(books.count * bunches * made.parts * 512, 0);
+  Aligned<float> lost(books.rows.size());
   for (int64_t m = 0; m < books.count; m++)
     for (int64_t c = 0; c < books.size; c++)
       for (int64_t j = 0; j < dim; j++) {
+        const float x = books.table(m)[c * dim + j];
+        const uint16_t half = to_bfloat16(-x);
         uint16_t* tile = made.halves.data() + ((m * bunches + c / 16) * made.parts + j / 32) * 512;
-        tile[(j % 32 / 2) * 32 + c % 16 * 2 + j % 2] = to_bfloat16(books.table(m)[c * dim + j]);
+        tile[(j % 32 / 2) * 32 + c % 16 * 2 + j % 2] = half;
+        lost[(m * books.size + c) * dim + j] = x + from_bfloat16(half);
       }
+  for (double length : longest_codewords(books, lost)) made.rounding.push_back(static_cast<float>(length));
   for (double longest : longest_codewords(books, books.rows)) made.longest.push_back(static_cast<float>(longest));
   return made;
 }

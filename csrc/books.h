@@ -18,6 +18,13 @@ inline uint16_t to_bfloat16(float x) {
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+inline float from_bfloat16(uint16_t half) {
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
 // Memory that starts on a cache line, so that no load of a codeword crosses one. Numbers without an initial value have none.
 template <class T>
 struct LineAllocator {
@@ -62,11 +69,12 @@ struct Books {
   };
   const Integers& integers() const;  // made at the first call; d is even
 
-  // Codewords in bfloat16, in the tiles that matrix units multiply: [M][padded C / 16][parts of 32 entries][16 pairs of
+  // Codewords, negated, in bfloat16, in the tiles that matrix units multiply: [M][padded C / 16][parts of 32 entries][16 pairs of
   // entries][16 codewords][2].
   struct Tiles {
     Aligned<uint16_t> halves;
-    std::vector<float> longest;  // [M]: no codeword is longer
+    std::vector<float> longest;   // [M]: no codeword is longer
+    std::vector<float> rounding;  // [M]: no codeword's change by rounding is longer
     int64_t parts;
   };
   const Tiles& tiles() const;  // made at the first call

@@ -11,6 +11,8 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
+#include <mutex>
 #include <vector>
 
 namespace kvfold {
@@ -212,32 +214,58 @@ void encode_beam(const EncodeCall& call, const std::vector<Stage>& stages, int64
   for (int64_t i = 0; i < count; i++) std::copy_n(beams[i].codes.data(), depth, codes + i * depth);
 }
 
+#if defined(__AMX_BF16__)
+// Encoders with their memory, lent to one piece of work at a time: there are as many as work at once.
+class AmxEncoders {
+ public:
+  explicit AmxEncoders(const EncodeCall& call) : call_(call) {}
+
+  std::unique_ptr<AmxEncoder> take() {
+    std::lock_guard<std::mutex> lock(guard_);
+    if (idle_.empty()) return std::make_unique<AmxEncoder>(*call_.books, call_.beam, kBlock);
+    std::unique_ptr<AmxEncoder> encoder = std::move(idle_.back());
+    idle_.pop_back();
+    return encoder;
+  }
+
+  void give(std::unique_ptr<AmxEncoder> encoder) {
+    std::lock_guard<std::mutex> lock(guard_);
+    idle_.push_back(std::move(encoder));
+  }
+
+ private:
+  const EncodeCall& call_;
+  std::mutex guard_;
+  std::vector<std::unique_ptr<AmxEncoder>> idle_;
+};
+#endif
+
 }  // namespace
 
 void encode(const EncodeCall& call) {
   const Books& books = *call.books;
   const int64_t depth = books.stages, groups = books.groups, dim = books.dim, heads = books.heads;
   const int64_t blocks = (call.tokens + kBlock - 1) / kBlock;
+#if defined(__AMX_BF16__)
+  AmxEncoders encoders(call);
+#endif
   // A piece of work is one block of tokens of one head and group: neighbours in the order share a codebook column.
   parallel_for(call.threads, call.batch * heads * groups * blocks, [&](int64_t item) {
     const int64_t block = item % blocks, p = item / blocks % groups, pair = item / blocks / groups;
     const int64_t first = block * kBlock, count = std::min(kBlock, call.tokens - first);
     const int32_t* book = books.book.data() + pair % heads * books.codes();
-    Aligned<float> x(kBlock * dim, 0.0f);
-    for (int64_t i = 0; i < count; i++)
-      std::copy_n(call.vectors + ((pair * call.tokens + first + i) * groups + p) * dim, dim, x.data() + i * dim);
+    const float* from = call.vectors + ((pair * call.tokens + first) * groups + p) * dim;
     int32_t* to = call.codes + (pair * call.tokens + first) * books.codes() + p;
 #if defined(__AMX_BF16__)
     if (AmxEncoder::serves(call)) {
-      std::vector<int64_t> own;
-      for (int64_t s = 0; s < depth; s++) own.push_back(book[s * groups + p]);
-      std::vector<int32_t> codes(count * depth);
-      AmxEncoder(books, call.beam).encode(x.data(), count, own, codes.data());
-      for (int64_t i = 0; i < count; i++)
-        for (int64_t s = 0; s < depth; s++) to[i * books.codes() + s * groups] = codes[i * depth + s];
+      std::unique_ptr<AmxEncoder> encoder = encoders.take();
+      encoder->encode({from, groups * dim, count, book + p, groups, to, books.codes(), groups});
+      encoders.give(std::move(encoder));
       return;
     }
 #endif
+    Aligned<float> x(kBlock * dim, 0.0f);
+    for (int64_t i = 0; i < count; i++) std::copy_n(from + i * groups * dim, dim, x.data() + i * dim);
     std::vector<Stage> stages;
     for (int64_t s = 0; s < depth; s++) {
       const int64_t m = book[s * groups + p];

@@ -1,16 +1,22 @@
 // The search of encode.cpp with the scores from the CPU's matrix unit (AMX, bfloat16), where it has one.
 //
-// Rounding both to bfloat16 leaves scores an error of less than 2^-8 of the two lengths' product. Every codeword that this error
-// could place among the best, one or two more than are wanted, is scored anew in float32: the codes are those of a search in
-// float32.
+// Rounding both to bfloat16 leaves scores an error with a proven bound. Every codeword that this error could place among the best,
+// one or two more than are wanted, is scored anew in float32: the codes are those of a search in float32.
+//
+// 16 partial codes, those of one or several vectors, go through a stage together, and nothing branches on a number until the
+// candidates are few: lowest scores of sets of four codewords, from these a limit for each vector, the sets and of them the
+// codewords within the limit, their errors, and a sort.
 #pragma once
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "kernels.h"
 #include "lanes.h"
+#include "lanes_avx512.h"
 
 #include "amx.h"
 
@@ -20,206 +26,416 @@ namespace kvfold {
 
 class AmxEncoder {
  public:
-  static constexpr int64_t kRowsOfTile = 16;
+  static constexpr int64_t kRows = 16;  // partial codes of a tile
 
-  static bool serves(const EncodeCall& call) { return call.beam <= kRowsOfTile; }
+  static bool serves(const EncodeCall& call) { return call.beam <= kRows; }
 
-  AmxEncoder(const Books& books, int64_t beam)
+  // For blocks of up to `most` vectors.
+  AmxEncoder(const Books& books, int64_t beam, int64_t most)
       : books_(books),
         tiles_(books.tiles()),
         beam_(beam),
         dim_(tiles_.parts * 32),
-        stride_(1),
-        errors_(kRowsOfTile * books.padded_size()) {
-    while (stride_ < beam) stride_ *= 2;
+        padded_(books.padded_size()),
+        chunks_((padded_ + 255) / 256),
+        room_(1) {
+    while (room_ < beam) room_ *= 2;
+    most_rows_ = (most * room_ + kRows - 1) / kRows * kRows;
+    for (Side& side : sides_) {
+      side.residual.assign(most_rows_ * dim_, 0.0f);
+      side.rounded.assign(most_rows_ * dim_, 0);
+      side.half_square.resize(most_rows_);
+    }
+    errors_.resize(kRows * padded_);
+    lowest_.assign(kRows * chunks_ * 64, kInfinity);
+    sets_.resize(kRows * chunks_ * 64 + 64);
+    candidates_.resize(kMany + kRows * padded_ + 64);
+    keys_.resize(candidates_.size());
+    ends_.resize(most + 1);
+    steps_.assign(books.stages * most_rows_, 0);
   }
 
-  // Codes [count][stages] of vectors [count][dim] whose stage s uses codebook `book[s]`.
-  void encode(const float* x, int64_t count, const std::vector<int64_t>& book, int32_t* codes) {
-    const int64_t depth = static_cast<int64_t>(book.size());
-    for (auto& residual : residual_) residual.assign(count * stride_ * dim_, 0.0f);
-    steps_.resize(depth * count * stride_);
-    rounded_.assign((count + kRowsOfTile) * stride_ * dim_, 0);  // with room for a last tile that is not full
+  // Codes [count][`stages`] of vectors [count][dim], at `code_stride` and `stride`; stage s uses codebook `book[s * book_stride]`.
+  struct Block {
+    const float* vectors;
+    int64_t stride, count;
+    const int32_t* book;
+    int64_t book_stride;
+    int32_t* codes;
+    int64_t code_stride, stage_stride;
+  };
+
+  void encode(const Block& block) {
+    const int64_t depth = books_.stages, count = block.count;
     for (int64_t i = 0; i < count; i++) {
-      std::copy_n(x + i * books_.dim, books_.dim, &residual_[0][i * stride_ * dim_]);
-      round(&residual_[0][i * stride_ * dim_], i * stride_);
+      const float* x = block.vectors + i * block.stride;
+      __m512 square = _mm512_setzero_ps();
+      for (int64_t j = 0; j < dim_; j += 32) square = put(sides_[0], i * dim_ + j, part<false>(x, j), part<false>(x, j + 16), square);
+      sides_[0].half_square[i] = 0.5f * _mm512_reduce_add_ps(square);
     }
     const AmxTiles tiles;
-    int64_t width = 1;
+    int64_t width = 1, room = 1;
     for (int64_t s = 0; s < depth; s++) {
-      const int64_t room = width == 1 ? 1 : stride_;  // rows of a tile that a vector takes
-      const int64_t vectors = kRowsOfTile / room;
-      const int64_t wider = s + 1 == depth ? 1 : std::min(beam_, width * books_.size);  // of the last stage the best alone counts
-      for (int64_t first = 0; first < count; first += vectors) {
-        const int64_t of = std::min(vectors, count - first);
-        score(book[s], first * stride_, room);
-        for (int64_t v = 0; v < of; v++)
-          advance(book[s], s % 2, first + v, v * room, width, wider, s + 1 == depth, &steps_[(s * count + first + v) * stride_]);
+      const bool last = s + 1 == depth;  // of the last stage the best alone counts
+      const Stage stage{block.book[s * block.book_stride], room, last ? 1 : std::min(beam_, width * books_.size), last};
+      Side &from = sides_[s % 2], &to = sides_[1 - s % 2];
+      const int64_t rows = count * room;
+      std::fill(from.half_square.begin() + rows, from.half_square.begin() + (rows + kRows - 1) / kRows * kRows, kInfinity);
+      int64_t found = 0, done = 0;
+      for (int64_t first = 0; first < rows; first += kRows) {
+        found = collect(stage, from, first, found);
+        const int64_t vectors = std::min(count, (first + kRows) / room);
+        if (found < kMany && vectors < count) continue;
+        rescore(stage, from, found);
+        choose(stage, done, vectors, &steps_[s * most_rows_]);
+        if (!last && books_.dim == 32)
+          descend<true>(stage, from, to, done * room_, vectors * room_, &steps_[s * most_rows_]);
+        else if (!last)
+          descend<false>(stage, from, to, done * room_, vectors * room_, &steps_[s * most_rows_]);
+        found = 0;
+        done = vectors;
       }
-      width = wider;
+      width = stage.wider;
+      room = room_;
     }
     for (int64_t i = 0; i < count; i++)
-      for (int64_t s = depth - 1, place = 0; s >= 0; s--) {
-        const Step& step = steps_[(s * count + i) * stride_ + place];
-        codes[i * depth + s] = step.code;
-        place = step.parent;
+      for (int64_t s = depth - 1, row = i * room_; s >= 0; s--) {
+        const uint32_t step = steps_[s * most_rows_ + row];
+        block.codes[i * block.code_stride + s * block.stage_stride] = static_cast<int32_t>(step & 0xffff);
+        row = step >> 16;
       }
   }
 
  private:
-  struct Step {  // what made a partial code of the one before it
-    int32_t parent, code;
+  struct Stage {
+    int64_t m, room, wider;  // codebook; rows a vector has; partial codes wanted of each vector
+    bool last;
+  };
+  // Partial codes: `room` rows a vector, of which those not used have an infinite square.
+  struct Side {
+    Aligned<float> residual;     // [rows][dim_]
+    Aligned<uint16_t> rounded;   // [rows][dim_]
+    Aligned<float> half_square;  // [rows]
   };
 
-  // A residual, negated, as a bfloat16 row. Long before it is read: the unit waits for what was just written.
-  void round(const float* residual, int64_t row) {
-    for (int64_t j = 0; j < dim_; j += 16) {
-      const __m512i nearest = nearest_bfloat16(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_loadu_ps(residual + j)));
-      const __m256i halves = _mm512_cvtepi32_epi16(_mm512_srli_epi32(nearest, 16));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(&rounded_[row * dim_ + j]), halves);
-    }
+  // Entries j to j + 15 of a codeword or vector, zeros behind its end.
+  template <bool k32>
+  __m512 part(const float* x, int64_t j) const {
+    return k32 ? _mm512_loadu_ps(x + j) : _mm512_maskz_loadu_ps(lanes_left(books_.dim - j), x + j);
   }
 
-  // errors_[row][codeword] = ||C||^2 / 2 - r . C, nearly, of 16 partial codes: those from `first` on, or the first ones of 16
-  // vectors if each takes one row.
-  void score(int64_t m, int64_t first, int64_t room) {
-    const int64_t padded = books_.padded_size(), parts = tiles_.parts;
-    const int64_t row_bytes = dim_ * 2 * (room == 1 ? stride_ : 1);
-    const uint16_t* rows = &rounded_[first * dim_];
-    const float* half_norms = books_.half_norms.data() + m * padded;  // a row for all: sums start with it
-    const uint16_t* tile = tiles_.halves.data() + m * padded / 16 * parts * 512;
+  // Writes 32 entries of a residual, also rounded, and adds the parts of their square.
+  static __m512 put(Side& side, int64_t at, __m512 low, __m512 high, __m512 square) {
+    _mm512_store_ps(&side.residual[at], low);
+    _mm512_store_ps(&side.residual[at + 16], high);
+    _mm512_store_si512(&side.rounded[at], (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    return _mm512_fmadd_ps(low, low, _mm512_fmadd_ps(high, high, square));
+  }
+
+  // errors_[codeword / 16][row][codeword % 16] = ||C||^2 / 2 - r . C, nearly, of 16 rows, and the lowest of each set of four.
+  //
+  // The unit's results are stored a strip of 64 codewords later, and read yet another strip later: neither is waited for.
+  void score(int64_t m, const uint16_t* rows) {
+    const int64_t parts = tiles_.parts, strips = padded_ / 64;
+    const float* half_norms = books_.half_norms.data() + m * padded_;  // a row for all: sums start with it
+    const uint16_t* tile = tiles_.halves.data() + m * padded_ / 16 * parts * 512;
     if (parts == 1) {
-      _tile_loadd(4, rows, row_bytes);
-      for (int64_t c = 0; c < padded; c += 64, tile += 2048) {  // `padded` is a multiple of 64
-        _tile_loadd(0, half_norms + c, 0);
-        _tile_loadd(5, tile, 64);
-        _tile_dpbf16ps(0, 4, 5);
-        _tile_loadd(1, half_norms + c + 16, 0);
-        _tile_loadd(6, tile + 512, 64);
-        _tile_dpbf16ps(1, 4, 6);
-        _tile_loadd(2, half_norms + c + 32, 0);
-        _tile_loadd(5, tile + 1024, 64);
-        _tile_dpbf16ps(2, 4, 5);
-        _tile_loadd(3, half_norms + c + 48, 0);
-        _tile_loadd(6, tile + 1536, 64);
-        _tile_dpbf16ps(3, 4, 6);
-        _tile_stored(0, &errors_[c], padded * 4);
-        _tile_stored(1, &errors_[c + 16], padded * 4);
-        _tile_stored(2, &errors_[c + 32], padded * 4);
-        _tile_stored(3, &errors_[c + 48], padded * 4);
-      }
-    } else {
-      for (int64_t c = 0; c < padded; c += 16) {
-        _tile_loadd(0, half_norms + c, 0);
-        for (int64_t part = 0; part < parts; part++, tile += 512) {
+      _tile_loadd(4, rows, 64);
+      for (int64_t s = 0; s <= strips; s++, half_norms += 64, tile += 2048) {
+        float* before = &errors_[(s - 1) * 1024];
+        if (s) _tile_stored(0, before, 64);
+        if (s < strips) {
+          _tile_loadd(0, half_norms, 0);
           _tile_loadd(5, tile, 64);
-          _tile_loadd(4, rows + part * 32, row_bytes);
           _tile_dpbf16ps(0, 4, 5);
         }
-        _tile_stored(0, &errors_[c], padded * 4);
+        if (s > 1) lowest_of_sets(s - 2, 0);
+        if (s) _tile_stored(1, before + 256, 64);
+        if (s < strips) {
+          _tile_loadd(1, half_norms + 16, 0);
+          _tile_loadd(6, tile + 512, 64);
+          _tile_dpbf16ps(1, 4, 6);
+        }
+        if (s > 1) lowest_of_sets(s - 2, 4);
+        if (s) _tile_stored(2, before + 512, 64);
+        if (s < strips) {
+          _tile_loadd(2, half_norms + 32, 0);
+          _tile_loadd(5, tile + 1024, 64);
+          _tile_dpbf16ps(2, 4, 5);
+        }
+        if (s > 1) lowest_of_sets(s - 2, 8);
+        if (s) _tile_stored(3, before + 768, 64);
+        if (s < strips) {
+          _tile_loadd(3, half_norms + 48, 0);
+          _tile_loadd(6, tile + 1536, 64);
+          _tile_dpbf16ps(3, 4, 6);
+        }
+        if (s > 1) lowest_of_sets(s - 2, 12);
       }
+    } else {
+      for (int64_t s = 0; s < 4 * strips; s++) {
+        _tile_loadd(0, half_norms + 16 * s, 0);
+        for (int64_t part = 0; part < parts; part++, tile += 512) {
+          _tile_loadd(4, rows + part * 32, dim_ * 2);
+          _tile_loadd(5, tile, 64);
+          _tile_dpbf16ps(0, 4, 5);
+        }
+        _tile_stored(0, &errors_[s * 256], 64);
+        if (s > 3 && s % 4 == 3)
+          for (int64_t r = 0; r < kRows; r += 4) lowest_of_sets(s / 4 - 1, r);
+      }
+    }
+    for (int64_t r = 0; r < kRows; r += 4) lowest_of_sets(strips - 1, r);
+  }
+
+  // Of four rows.
+  void lowest_of_sets(int64_t strip, int64_t row) {
+    for (int64_t r = row; r < row + 4; r++) {
+      const float* e = &errors_[strip * 1024 + r * 16];
+      const __m512 first = _mm512_min_ps(_mm512_load_ps(e), _mm512_load_ps(e + 256));
+      const __m512 second = _mm512_min_ps(_mm512_load_ps(e + 512), _mm512_load_ps(e + 768));
+      _mm512_store_ps(lowest(strip, r), _mm512_min_ps(first, second));
     }
   }
 
-  // The best `wider` continuations of one vector's `width` partial codes, whose scores start at `row`, into `best`, ascending, and
-  // their residuals to the other side.
-  void advance(int64_t m, int64_t side, int64_t vector, int64_t row, int64_t width, int64_t wider, bool last, Step* best) {
-    const int64_t padded = books_.padded_size(), dim = books_.dim;
-    const float infinity = std::numeric_limits<float>::infinity();
-    const float* half_norms = books_.half_norms.data() + m * padded;
-    const float* residual = &residual_[side][vector * stride_ * dim_];
-    float half_square[kRowsOfTile], longest = 0;
-    __m512 lowest[4];
-    for (auto& low : lowest) low = _mm512_set1_ps(infinity);
-    for (int64_t r = 0; r < width; r++) {
-      half_square[r] = 0.5f * dot(residual + r * dim_, residual + r * dim_, dim_);
-      longest = std::max(longest, 2 * half_square[r]);
-      const __m512 half = _mm512_set1_ps(half_square[r]);
-      const float* errors = &errors_[(row + r) * padded];
-      for (int64_t c = 0; c < padded; c += 64)
-        for (int k = 0; k < 4; k++)
-          lowest[k] = _mm512_min_ps(lowest[k], _mm512_add_ps(half, _mm512_loadu_ps(errors + c + 16 * k)));
+  float* lowest(int64_t strip, int64_t row) { return &lowest_[(strip * kRows + row) * 16]; }
+
+  // Candidates of 16 rows from `first` on, behind the `found` that are there; returns how many there are now.
+  int64_t collect(const Stage& stage, const Side& from, int64_t first, int64_t found) {
+    score(stage.m, &from.rounded[first * dim_]);
+    const char* next = reinterpret_cast<const char*>(&from.rounded[first * dim_] + kRows * dim_);  // what the unit will wait for
+    for (int64_t r = 0; r < kRows; r++) _mm_prefetch(next + r * 2 * dim_, _MM_HINT_T0);
+    const float* half_squares = &from.half_square[first];
+    if (padded_ == 256 && stage.room == 4)
+      bounds<4, 4>(stage, half_squares);
+    else if (padded_ == 256 && stage.room == 1)
+      bounds<1, 4>(stage, half_squares);
+    else
+      bounds<0, 0>(stage, half_squares);
+    return candidates_within(sets_within(), first, found);
+  }
+
+  // bounds_[row]: no score of a row above it belongs to one of the `wider` best of its vector.
+  //
+  // Half an error, `half_square + score`, is off by no more than `reach`. `wider` of them are below the limit after it is added.
+  template <int kRoom, int kStrips>  // 0: any
+  void bounds(const Stage& stage, const float* half_squares) {
+    const int64_t room = kRoom ? kRoom : stage.room;
+    const __m512 half = _mm512_loadu_ps(half_squares), infinity = _mm512_set1_ps(kInfinity);
+    const float rounding = (dim_ + 8) * 6e-8f, longest = tiles_.longest[stage.m];
+    const float slope = tiles_.rounding[stage.m] + longest * (1.003f / 512 + rounding);
+    __m512 reach = _mm512_mul_ps(_mm512_sqrt_ps(_mm512_add_ps(half, half)), _mm512_set1_ps(slope));
+    reach = _mm512_add_ps(reach, _mm512_fmadd_ps(half, _mm512_set1_ps(rounding), _mm512_set1_ps(longest * longest * rounding + 1e-30f)));
+    alignas(64) float up[kRows], limits[kRows];
+    _mm512_store_ps(up, _mm512_add_ps(half, reach));
+    const __mmask16 used = _mm512_cmp_ps_mask(half, infinity, _CMP_LT_OQ);
+    const __m512 down = _mm512_mask_sub_ps(infinity, used, half, reach);
+    if (stage.wider <= 4)
+      limits_of<1, kRoom, kStrips>(stage, up, limits);
+    else if (stage.wider <= 8)
+      limits_of<2, kRoom, kStrips>(stage, up, limits);
+    else
+      limits_of<4, kRoom, kStrips>(stage, up, limits);
+    __m512i of_row = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    of_row = _mm512_srl_epi32(of_row, _mm_cvtsi32_si128(__builtin_ctz(static_cast<unsigned>(room))));
+    const __m512 limit = _mm512_min_ps(_mm512_permutexvar_ps(of_row, _mm512_load_ps(limits)), _mm512_set1_ps(FLT_MAX));
+    _mm512_store_ps(bounds_, _mm512_sub_ps(limit, down));
+  }
+
+  // limits[vector]: what at least `wider` of its candidates do not exceed. The lowest of 16 sets of candidates tell it for one of
+  // them or for four. For more, the candidates are divided into kGroups, of each of which four do not exceed the group's limit.
+  template <int kGroups, int kRoom, int kStrips>
+  void limits_of(const Stage& stage, const float* up, float* limits) {
+    const int64_t room = kRoom ? kRoom : stage.room, strips = kStrips ? kStrips : padded_ / 64, vectors = kRows / room;
+    for (int64_t first = 0; first < vectors; first += 4 / kGroups) {
+      __m512 least[4];
+      for (__m512& group : least) group = _mm512_set1_ps(kInfinity);
+      for (int64_t k = 0; k < std::min<int64_t>(4 / kGroups, vectors); k++)
+        for (int64_t r = (first + k) * room; r < (first + k + 1) * room; r++) {
+          __m512 low[kGroups];
+          for (__m512& group : low) group = _mm512_set1_ps(kInfinity);
+          for (int64_t s = 0; s < strips; s++) low[s % kGroups] = _mm512_min_ps(low[s % kGroups], _mm512_load_ps(lowest(s, r)));
+          for (int64_t i = 0; i < kGroups; i++)
+            least[k * kGroups + i] = _mm512_min_ps(least[k * kGroups + i], _mm512_add_ps(low[i], _mm512_set1_ps(up[r])));
+        }
+      if (stage.wider == 1) {
+        _mm_store_ps(limits + first, first_of_16(least));
+        continue;
+      }
+      mix<kGroups>(least);  // a group's candidates have lanes of their own, from all strips
+      alignas(16) float fourth[4];
+      _mm_store_ps(fourth, fourth_of_16(least));
+      for (int64_t k = 0; k < 4 / kGroups; k++) limits[first + k] = *std::max_element(fourth + k * kGroups, fourth + (k + 1) * kGroups);
     }
-    // Half errors from here on. `wider` candidates do not exceed `limit`, and either of two errors may be off by half the slack.
-    const float slack = std::sqrt(longest) * tiles_.longest[m] * (2.05f / 256) + longest * 1e-6f + 1e-30f;
-    const float limit = low_limit(lowest, wider) + slack;
-    float best_error[kRowsOfTile];
-    int64_t filled = 0;
-    float reach = limit;
-    for (int64_t r = 0; r < width; r++)
-      for (int64_t c = 0; c < padded; c += 64) {
-        const float* errors = &errors_[(row + r) * padded + c];
-        const __m512 bound = _mm512_set1_ps(reach - half_square[r]);
-        uint64_t left = 0;
-        for (int k = 0; k < 4; k++)
-          left |= static_cast<uint64_t>(_mm512_cmp_ps_mask(_mm512_loadu_ps(errors + 16 * k), bound, _CMP_LE_OQ)) << (16 * k);
-        for (; left; left &= left - 1) {
-          const int64_t code = c + __builtin_ctzll(left);
-          if (code >= books_.size) break;
-          const float product = dot(residual + r * dim_, books_.table(m) + code * dim, dim);
-          const float error = half_square[r] + (half_norms[code] - product);
-          if (filled == wider && error >= best_error[wider - 1]) continue;
-          int64_t at = filled < wider ? filled++ : wider - 1;
-          for (; at > 0 && best_error[at - 1] > error; at--) {
-            best_error[at] = best_error[at - 1];
-            best[at] = best[at - 1];
-          }
-          best_error[at] = error;
-          best[at] = {static_cast<int32_t>(r), static_cast<int32_t>(code)};
-          if (filled == wider) reach = std::min(reach, best_error[wider - 1] + slack);
+  }
+
+  // Sets that reach their row's bound, as row << 16 | set.
+  int64_t sets_within() {
+    int64_t count = 0;
+    for (int64_t r = 0; r < kRows; r++) {
+      const __m512 bound = _mm512_set1_ps(bounds_[r]);
+      for (int64_t q = 0; q < chunks_; q++) {
+        __mmask16 parts[4];
+        for (int64_t k = 0; k < 4; k++) parts[k] = _mm512_cmp_ps_mask(_mm512_load_ps(lowest(4 * q + k, r)), bound, _CMP_LE_OQ);
+        const __mmask32 low = _mm512_kunpackw(parts[1], parts[0]), high = _mm512_kunpackw(parts[3], parts[2]);
+        const __mmask64 within = _mm512_kunpackd(high, low);
+        const __m512i places = _mm512_maskz_compress_epi8(within, bytes_upwards());
+        const __m512i tag = _mm512_set1_epi32(static_cast<int>(r << 16 | q << 6));
+        _mm512_storeu_si512(&sets_[count], _mm512_or_si512(tag, _mm512_cvtepu8_epi32(_mm512_castsi512_si128(places))));
+        const int64_t more = _mm_popcnt_u64(within);
+        for (int64_t k = 1; 16 * k < more; k++)
+          _mm512_storeu_si512(&sets_[count + 16 * k], _mm512_or_si512(tag, _mm512_cvtepu8_epi32(quarter(places, k))));
+        count += more;
+      }
+    }
+    return count;
+  }
+
+  // Codewords that reach their row's bound, as row << 16 | codeword, in the order of rows.
+  int64_t candidates_within(int64_t sets, int64_t first, int64_t found) {
+    const __m512 bounds = _mm512_load_ps(bounds_);
+    for (int64_t i = 0; i < sets; i += 16) {
+      const __mmask16 there = lanes_left(sets - i);
+      const __m512i tag = _mm512_loadu_si512(&sets_[i]);
+      const __m512i row = _mm512_srli_epi32(tag, 16), set = _mm512_and_si512(tag, _mm512_set1_epi32(0xffff));
+      const __m512i strip = _mm512_srli_epi32(set, 4), lane = _mm512_and_si512(set, _mm512_set1_epi32(15));
+      const __m512i place = _mm512_add_epi32(_mm512_slli_epi32(strip, 10), _mm512_add_epi32(_mm512_slli_epi32(row, 4), lane));
+      const __m512i code = _mm512_or_si512(_mm512_slli_epi32(strip, 6), lane);
+      const __m512i id = _mm512_or_si512(_mm512_slli_epi32(_mm512_add_epi32(row, _mm512_set1_epi32(static_cast<int>(first))), 16), code);
+      const __m512 bound = _mm512_permutexvar_ps(row, bounds);
+      uint64_t within = 0;  // bit 4 i + k: the k-th codeword of set i
+      for (int k = 0; k < 4; k++) {
+        const __m512 error = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), there, place, &errors_[256 * k], 4);
+        within |= _pdep_u64(_mm512_mask_cmp_ps_mask(there, error, bound, _CMP_LE_OQ), 0x1111111111111111 << k);
+      }
+      const __m512i chosen = _mm512_maskz_compress_epi8(within, bytes_upwards());
+      const int64_t more = __builtin_popcountll(within);
+      for (int64_t k = 0; 16 * k < more; k++) {
+        const __m512i place_of = _mm512_cvtepu8_epi32(quarter(chosen, k));
+        const __m512i offset = _mm512_slli_epi32(_mm512_and_si512(place_of, _mm512_set1_epi32(3)), 4);
+        const __m512i own = _mm512_permutexvar_epi32(_mm512_srli_epi32(place_of, 2), id);
+        _mm512_storeu_si512(&candidates_[found + 16 * k], _mm512_add_epi32(own, offset));
+      }
+      found += more;
+    }
+    return found;
+  }
+
+  // keys_[i]: the candidate's half error and, below it, what it is: as numbers they order as (error, row, codeword). ends_[v + 1]:
+  // where those of vector v end.
+  void rescore(const Stage& stage, const Side& from, int64_t count) {
+    const int shift = 16 + __builtin_ctz(static_cast<unsigned>(stage.room));
+    for (int64_t i = 0; i < count; i++) ends_[(candidates_[i] >> shift) + 1] = static_cast<int32_t>(i + 1);
+    _mm512_storeu_si512(&candidates_[count], _mm512_setzero_si512());
+    const float* half_norms = books_.half_norms.data() + stage.m * padded_;
+    for (int64_t i = 0; i < count; i += 16) {
+      const __m512 products = books_.dim == 32 ? products_of_16<true>(stage.m, from, i) : products_of_16<false>(stage.m, from, i);
+      const __m512i id = _mm512_loadu_si512(&candidates_[i]);
+      const __m512 norms = _mm512_i32gather_ps(_mm512_and_si512(id, _mm512_set1_epi32(0xffff)), half_norms, 4);
+      const __m512 square = _mm512_i32gather_ps(_mm512_srli_epi32(id, 16), from.half_square.data(), 4);
+      __m512 error = _mm512_add_ps(square, _mm512_sub_ps(norms, products));
+      error = _mm512_max_ps(error, _mm512_setzero_ps());  // below it by rounding alone
+      // A step of the exponent up: numbers of double precision whose upper half this is are neither denormal nor infinite.
+      const __m512i order = _mm512_add_epi32((__m512i)error, _mm512_set1_epi32(1 << 20));
+      interleave(id, order, &keys_[i]);
+    }
+  }
+
+  // r . C of candidates i to i + 15.
+  template <bool k32>
+  __m512 products_of_16(int64_t m, const Side& from, int64_t i) const {
+    const float *table = books_.table(m), *residuals = from.residual.data();
+    __m512 products[16];
+    for (int k = 0; k < 16; k++) {
+      const uint32_t id = candidates_[i + k];
+      const float *a = residuals + (id >> 16) * (k32 ? 32 : dim_), *b = table + (id & 0xffff) * books_.dim;
+      products[k] = _mm512_mul_ps(_mm512_load_ps(a), part<k32>(b, 0));
+      for (int64_t j = 16; j < (k32 ? 32 : dim_); j += 16)
+        products[k] = _mm512_fmadd_ps(_mm512_load_ps(a + j), part<k32>(b, j), products[k]);
+    }
+    return sums_of_16(products);
+  }
+
+  // The `wider` best candidates of each of the vectors `first` to `last - 1`, ascending, to chosen[vector * room_] on.
+  void choose(const Stage& stage, int64_t first, int64_t last, uint32_t* chosen) {
+    const __m512d none = _mm512_castsi512_pd(_mm512_set1_epi64(kNone));
+    const __mmask8 rows = static_cast<__mmask8>(lanes_left(room_));
+    ends_[first] = 0;
+    for (int64_t v = first; v < last; v++) {
+      const int64_t start = ends_[v], count = ends_[v + 1] - start;
+      if (stage.wider > 4 || count > 8) {
+        alignas(64) uint32_t best[kRanked] = {};
+        if (count <= kRanked)
+          in_ranks(&keys_[start], count, best);
+        else
+          in_turn(&keys_[start], count, stage.wider, best);
+        std::copy_n(best, room_, chosen + v * room_);
+        continue;
+      }
+      const __m512d keys = _mm512_mask_loadu_pd(none, static_cast<__mmask8>((1u << count) - 1), &keys_[start]);
+      const __m128i ids = _mm256_cvtepi64_epi32(_mm256_castpd_si256(lowest_4_of_8(keys)));
+      _mm_mask_storeu_epi32(chosen + v * room_, rows, ids);
+    }
+  }
+
+  // The partial codes `chosen` become rows `first` to `last - 1` of the next stage.
+  template <bool k32>
+  void descend(const Stage& stage, const Side& from, Side& to, int64_t first, int64_t last, const uint32_t* chosen) {
+    const float* table = books_.table(stage.m);
+    for (int64_t row = first; row < last; row += 4) {  // behind the last there is room
+      __m512 squares[4];
+      for (int64_t k = 0; k < 4; k++) {
+        const uint32_t id = chosen[row + k];
+        const float *parent = &from.residual[(id >> 16) * (k32 ? 32 : dim_)], *codeword = table + (id & 0xffff) * books_.dim;
+        squares[k] = _mm512_setzero_ps();
+        for (int64_t j = 0; j < (k32 ? 32 : dim_); j += 32) {
+          const __m512 low = _mm512_sub_ps(_mm512_load_ps(parent + j), part<k32>(codeword, j));
+          const __m512 high = _mm512_sub_ps(_mm512_load_ps(parent + j + 16), part<k32>(codeword, j + 16));
+          squares[k] = put(to, (row + k) * (k32 ? 32 : dim_) + j, low, high, squares[k]);
         }
       }
-    if (last) return;
-    float* next = &residual_[1 - side][vector * stride_ * dim_];
-    for (int64_t i = 0; i < filled; i++) {
-      const float* from = residual + best[i].parent * dim_;
-      const float* codeword = books_.table(m) + best[i].code * dim;
-      for (int64_t j = 0; j < dim; j += 16) {
-        const __mmask16 there = part_mask(dim - j);
-        const __m512 rest = _mm512_sub_ps(_mm512_loadu_ps(from + j), _mm512_maskz_loadu_ps(there, codeword + j));
-        _mm512_storeu_ps(next + i * dim_ + j, rest);
+      _mm_store_ps(&to.half_square[row], _mm_mul_ps(_mm_set1_ps(0.5f), sums_of_4(squares[0], squares[1], squares[2], squares[3])));
+    }
+    for (int64_t row = first; row < last && stage.wider < room_; row += room_)
+      std::fill_n(&to.half_square[row + stage.wider], room_ - stage.wider, kInfinity);
+  }
+
+  // What the keys name, by how many keys are below each.
+  static void in_ranks(const uint64_t* keys, int64_t count, uint32_t* best) {
+    for (int64_t i = 0; i < count; i++) {
+      const __m512i key = _mm512_set1_epi64(static_cast<int64_t>(keys[i]));
+      int64_t rank = 0;
+      for (int64_t j = 0; j < count; j += 8) {
+        const __mmask8 there = static_cast<__mmask8>(lanes_left(count - j));
+        rank += __builtin_popcount(_mm512_mask_cmplt_epi64_mask(there, _mm512_maskz_loadu_epi64(there, keys + j), key));
       }
-      round(next + i * dim_, vector * stride_ + i);
+      best[rank] = static_cast<uint32_t>(keys[i]);
     }
   }
 
-  static __mmask16 part_mask(int64_t left) { return left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1); }
-
-  // An error that at least `count` candidates do not exceed, from the lowest of 64 sets of them; infinity if there is none.
-  static float low_limit(__m512 (&lowest)[4], int64_t count) {
-    const auto least = [&] { return _mm512_min_ps(_mm512_min_ps(lowest[0], lowest[1]), _mm512_min_ps(lowest[2], lowest[3])); };
-    const __m512 infinity = _mm512_set1_ps(std::numeric_limits<float>::infinity());
-    if (count <= 4) {  // 16 sets tell nearly as much, sooner
-      __m512 sets = least();
-      for (int64_t i = 1; i < count; i++) {
-        const __m512 low = _mm512_set1_ps(_mm512_reduce_min_ps(sets));
-        sets = _mm512_mask_mov_ps(sets, _mm512_cmp_ps_mask(sets, low, _CMP_LE_OQ), infinity);
-      }
-      return _mm512_reduce_min_ps(sets);
-    }
-    for (int64_t i = 1; i < count; i++) {
-      const __m512 low = _mm512_set1_ps(_mm512_reduce_min_ps(least()));
-      for (__m512& sets : lowest) sets = _mm512_mask_mov_ps(sets, _mm512_cmp_ps_mask(sets, low, _CMP_LE_OQ), infinity);
-    }
-    return _mm512_reduce_min_ps(least());
+  static void in_turn(const uint64_t* keys, int64_t count, int64_t wanted, uint32_t* best) {
+    std::vector<uint64_t> sorted(wanted);
+    std::partial_sort_copy(keys, keys + count, sorted.begin(), sorted.end());
+    for (int64_t i = 0; i < wanted; i++) best[i] = static_cast<uint32_t>(sorted[i]);
   }
 
-  static float dot(const float* a, const float* b, int64_t dim) {
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t j = 0; j < dim; j += 16) {
-      const __mmask16 there = part_mask(dim - j);
-      sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(there, a + j), _mm512_maskz_loadu_ps(there, b + j), sum);
-    }
-    return _mm512_reduce_add_ps(sum);
-  }
+  static constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  static constexpr uint64_t kNone = 0x7fe0000000000000;  // above every key; codeword 0 of row 0
+  static constexpr int64_t kRanked = 64;                 // keys that are compared each with each
+  static constexpr int64_t kMany = 2048;                 // candidates that are rescored together, and those of one more tile
 
   const Books& books_;
   const Books::Tiles& tiles_;
-  int64_t beam_, dim_, stride_;  // dim_: padded to whole tiles with zeros; stride_: partial codes a vector has room for
-  Aligned<float> errors_;
-  Aligned<uint16_t> rounded_;        // [vectors][stride_][dim_], negated residuals
-  Aligned<float> residual_[2];       // [vectors][stride_][dim_], read at even and at odd stages
-  std::vector<Step> steps_;          // [stages][vectors][stride_]
+  int64_t beam_, dim_, padded_, chunks_, room_;  // dim_: padded to whole tiles; chunks_ of 256 codewords, 64 sets; rows of a vector
+  int64_t most_rows_;
+  Side sides_[2];                                // read at even and at odd stages
+  Aligned<float> errors_;                        // [padded_ / 16][16][16]
+  Aligned<float> lowest_;                        // [chunks_ * 4][16][16]
+  Aligned<uint32_t> sets_, candidates_;
+  Aligned<uint64_t> keys_;
+  std::vector<int32_t> ends_;  // [vectors + 1]
+  Aligned<uint32_t> steps_;    // [stages][rows]: parent's row << 16 | code
+  alignas(64) float bounds_[kRows];
 };
 
 }  // namespace kvfold

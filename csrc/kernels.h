@@ -23,19 +23,28 @@ struct EncodeCall {
   int threads;
 };
 
-// From vectors [batch, heads, tokens, dim], dense, to what is stored of them: `packed` [batch, heads, tokens, bytes] and `scale`
-// [batch, heads, tokens], halves or, if `short_scale`, bytes.
-struct CodeCall {
-  const float* vectors;
-  const int64_t* channels;  // [groups * books' dim]: channel that each entry of a group is
-  const float* weights;     // [heads, groups, d, d]: vectors are multiplied by it for the search; null: they are not
-  uint8_t* packed;
-  void* scale;
-  bool short_scale;
-  int bits;
-  int64_t batch, tokens, dim, beam;
-  const Books* books;  // of the search
+// x [batch, heads, tokens, groups * dim] with strides in elements; `channels` [groups * dim]; `weights` [heads, groups, dim, dim]
+// or null; vectors [batch, heads, tokens, groups, dim] and one of the scales [batch, heads, tokens], the other is null.
+struct ScaleCall {
+  const float* x;
+  const int64_t* channels;
+  const float* weights;
+  float* vectors;
+  uint16_t* scales;
+  uint8_t* short_scales;
+  int64_t batch, heads, tokens, groups, dim;
+  int64_t batch_stride, head_stride, token_stride;
   int threads;
+};
+
+// From vectors to what is stored of them: the scales of `scaling`, whose own `vectors` are null, and `packed` [batch, heads,
+// tokens, bytes], codes of the books of the search.
+struct CodeCall {
+  ScaleCall scaling;
+  uint8_t* packed;
+  int bits;
+  int64_t beam;
+  const Books* books;
 };
 
 struct DecodeCall {
@@ -96,6 +105,7 @@ struct PagesCall {
 };
 
 void encode(const EncodeCall&);
+void scaled_groups(const ScaleCall&);
 void code(const CodeCall&);
 void decode(const DecodeCall&);
 void attend(const AttendCall&);

@@ -76,29 +76,38 @@ void encode_arrays(const Array<const float>& vectors, const Books& books, int64_
   encode(call);
 }
 
-void code_arrays(const Array<const float>& vectors, const Books& books, const Array<const int64_t>& channels,
+void code_arrays(const Array<const float>& x, const Books& books, const Array<const int64_t>& channels,
                  const std::optional<Array<const float>>& weights, int bits, int64_t beam, int threads,
                  const Array<uint8_t>& packed, const nb::ndarray<nb::device::cpu>& scale) {
-  require(vectors.ndim() == 4, "vectors [B, G, T, D]");
-  const int64_t batch = vectors.shape(0), tokens = vectors.shape(2), dim = books.head_dim();
-  require_shape(vectors, {batch, books.heads, tokens, dim}, "vectors, not [B, G, T, D] of the books");
+  require(x.ndim() == 4, "vectors [B, G, T, D]");
+  const int64_t batch = x.shape(0), tokens = x.shape(2), width = books.head_dim();
+  require_shape(x, {batch, books.heads, tokens, width}, "vectors, not [B, G, T, D] of the books");
+  require(x.size() == 0 || x.stride(3) == 1, "vectors with gaps within a token");
   require(bits >= 1 && bits <= 16 && books.size <= int64_t{1} << bits, "codes of 1 to 16 bits that number all codewords");
   require_shape(packed, {batch, books.heads, tokens, (books.codes() * bits + 7) / 8}, "packed codes, not [B, G, T, bytes]");
-  const bool short_scale = scale.dtype() == nb::dtype<uint8_t>();
-  require(short_scale || scale.dtype() == nb::dtype<uint16_t>(), "scale of uint8 or uint16");
-  require_shape(scale, {batch, books.heads, tokens, 1}, "scale, not [B, G, T, 1]");
+  require_dense(packed, "packed codes");
+  require(beam >= 1 && width >= 2, "beam of at least 1 and vectors of two channels");
   require_shape(channels, {books.groups, books.dim}, "channels, not [P, d]");
   require_dense(channels, "channels");
-  for (int64_t i = 0; i < dim; i++) require(channels.data()[i] >= 0 && channels.data()[i] < dim, "a channel that is not there");
+  for (int64_t i = 0; i < width; i++) require(channels.data()[i] >= 0 && channels.data()[i] < width, "a channel that is not there");
+  ScaleCall scaling{};
   if (weights) {
     require_shape(*weights, {books.heads, books.groups, books.dim, books.dim}, "weights, not [G, P, d, d]");
     require_dense(*weights, "weights");
+    scaling.weights = weights->data();
   }
-  require_dense(vectors, "vectors");
-  require_dense(packed, "packed codes");
-  require(beam >= 1 && dim >= 2, "beam of at least 1 and vectors of two channels");
-  const CodeCall call{vectors.data(), channels.data(), weights ? weights->data() : nullptr, packed.data(), scale.data(), short_scale,
-                      bits, batch, tokens, dim, beam, &books, threads};
+  require_shape(scale, {batch, books.heads, tokens, 1}, "scale, not [B, G, T, 1]");
+  require(scale.size() == 0 || scale.stride(2) == 1, "scale has gaps");
+  const bool short_scale = scale.dtype() == nb::dtype<uint8_t>();
+  require(short_scale || scale.dtype() == nb::dtype<uint16_t>(), "scale of uint8 or uint16");
+  scaling.x = x.data(), scaling.channels = channels.data(), scaling.threads = threads;
+  if (short_scale)
+    scaling.short_scales = static_cast<uint8_t*>(scale.data());
+  else
+    scaling.scales = static_cast<uint16_t*>(scale.data());
+  scaling.batch = batch, scaling.heads = books.heads, scaling.tokens = tokens, scaling.groups = books.groups, scaling.dim = books.dim;
+  scaling.batch_stride = x.stride(0), scaling.head_stride = x.stride(1), scaling.token_stride = x.stride(2);
+  const CodeCall call{scaling, packed.data(), bits, beam, &books};
   nb::gil_scoped_release free;
   code(call);
 }
@@ -349,7 +358,8 @@ bool supports(const std::string& isa) {
                       __builtin_cpu_supports("avx512vnni");
   if (isa == "avx2") return avx2;
   if (isa == "avx512") return avx512;
-  if (isa == "amx") return avx512 && amx_usable();
+  const bool bytes = __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
+  if (isa == "amx") return avx512 && bytes && __builtin_cpu_supports("avx512bf16") && amx_usable();
 #endif
   return isa == "portable";
 }

@@ -298,6 +298,7 @@ def _bench_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new-tokens", type=positive, default=32, metavar="N", help="tokens to decode (default 32)")
     parser.add_argument("--repeats", type=positive, default=3, metavar="N", help="medians of so many runs (default 3)")
     parser.add_argument("--text", metavar="FILE", help="text of the prompt (default: text that comes with Python)")
+    _set(parser, "beam=N searches codes with another beam")
     _json(parser)
     _record(parser)
 

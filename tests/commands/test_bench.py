@@ -28,10 +28,19 @@ def test_bench_generate_measures_both_caches(run: Callable[..., Ran], world: Wor
     assert (
         ours["bytes_cache"] == (96 - coded) * numbers * 4 + coded * numbers * 7 // 32
     )  # 1.5 bits a number of keys, 2 of values
+    assert 0 < ours["encode_s"] < ours["prefill_s"]
+    assert ours["encode_share"] == ours["encode_s"] / plain["prefill_s"]
+    assert plain["encode_s"] is None
     for result in (ours, plain):
         assert result["tokens_per_s"] > 0
         assert result["prefill_s"] > 0
         assert result["peak_rss_bytes"] >= result["loaded_rss_bytes"] > 1 << 20
+
+
+def test_bench_generate_tells_the_share_of_encoding_and_takes_another_beam(run: Callable[..., Ran], world: World) -> None:
+    given = ["bench", "generate", world.model, "--codec", world.codec, "--text", world.text, "--repeats", "1"]
+    assert "90 tokens: encoding takes" in run(*given, "--contexts", "90", "--new-tokens", "1", "--set", "beam=3").out
+    refused(run(*given, "--set", "stages=3"), "only beam")
 
 
 SIZES = ["--heads", "4", "--kv-heads", "2", "--head-dim", "64", "--repeats", "1", "--threads", "1"]

@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvfold.cache.layer import CodedLayer
 from kvfold.calibrate.text import builtin_text
 from kvfold.codecs.artifact import CodecSet, load
 from kvfold.compat import DynamicCache, cache_argument
@@ -44,6 +45,7 @@ def bench_generate(
     dtype: str = "float32",
     device: str = "cpu",
     threads: int | None = None,
+    beam: int | None = None,
     quiet: bool = False,
 ) -> list[dict[str, Any]]:
     """Measure every context with either cache.
@@ -56,11 +58,14 @@ def bench_generate(
         repeats: of prompt and decoding in one process; medians are reported.
         text: file the prompt is cut from; None for the built-in text.
         threads: of torch; None leaves its default.
+        beam: of the search for codes; None for the codec's own.
 
     Returns:
         One object a context and cache: `context`, `cache` ("kvfold" or "plain"), `dtype`, `new_tokens`, `repeats`,
-        `prefill_s`, `tokens_per_s`, `bytes_cache` and `bytes_codebooks` after the last token, `loaded_rss_bytes`
-        (model and codec loaded, nothing run) and `peak_rss_bytes`.
+        `prefill_s`, `encode_s`, the part of it that made codes of keys and values (None for "plain", and on a GPU, which
+        would have to be waited for), `encode_share`, that over the plain cache's `prefill_s`, `tokens_per_s`, `bytes_cache`
+        and `bytes_codebooks` after the last token, `loaded_rss_bytes` (model and codec loaded, nothing run) and
+        `peak_rss_bytes`.
 
     Raises:
         InputError: bad codec, model or text, or contexts that the model or the text is too short for.
@@ -74,13 +79,15 @@ def bench_generate(
     if text is not None:
         read_text(Path(text))
     request = {"model": model, "codec": codec, "new_tokens": new_tokens, "repeats": repeats, "text": text}
-    request |= {"dtype": dtype, "device": device, "threads": threads}
+    request |= {"dtype": dtype, "device": device, "threads": threads, "beam": beam}
     results = []
     with Progress("bench generate", len(contexts) * len(CACHES), quiet) as step:
         for context in contexts:
             for cache in CACHES:
                 results.append(_in_own_process({**request, "context": context, "cache": cache}))
                 step()
+            ours, plain = results[-2:]
+            ours["encode_share"] = None if ours["encode_s"] is None else ours["encode_s"] / plain["prefill_s"]
     return results
 
 
@@ -117,21 +124,24 @@ def _measure(
     dtype: str,
     device: str,
     threads: int | None,
+    beam: int | None,
 ) -> dict[str, Any]:
     if threads is not None:
         torch.set_num_threads(threads)
-    codecs = load(codec)
+    codecs = load(codec) if beam is None else load(codec).with_beam(beam)
     loaded, tokenizer = load_model(model, dtype, device)
     ids = _prompt(tokenizer, text, context).to(device)
     before = _rss("VmRSS")
-    prefill, decode = [], []
+    prefill, encode, decode = [], [], []
     with _cache_maker(loaded, codecs if cache == "kvfold" else None) as make:
         _run(loaded, ids[:, :8], make(), 1)  # the first pass of a process is slower
         for _ in range(repeats):
             used = make()
+            spent = _timed_encoding(used) if cache == "kvfold" else []
             times = _run(loaded, ids, used, new_tokens)
             prefill.append(times[0])
             decode.append(times[1])
+            encode.append(sum(spent[: len(spent) // (1 + new_tokens)]))  # a layer encodes once a pass; the prompt is the first
     return {
         "context": context,
         "cache": cache,
@@ -139,6 +149,8 @@ def _measure(
         "new_tokens": new_tokens,
         "repeats": repeats,
         "prefill_s": statistics.median(prefill),
+        "encode_s": statistics.median(encode) if cache == "kvfold" and not ids.is_cuda else None,
+        "encode_share": None,
         "tokens_per_s": new_tokens / statistics.median(decode),
         "bytes_cache": used.report().bytes_cache if cache == "kvfold" else dense_bytes(used),
         "bytes_codebooks": codecs.codebook_bytes if cache == "kvfold" else 0,
@@ -162,6 +174,24 @@ def _cache_maker(model: Any, codecs: CodecSet | None) -> Iterator[Any]:
     else:
         with attach(model, codecs) as attached:
             yield attached.new_cache
+
+
+def _timed_encoding(cache: Any) -> list[float]:
+    """Seconds that the layers of `cache` spend on making codes, one number a call, as they come."""
+    spent: list[float] = []
+
+    def timed(encode: Callable[[int], None]) -> Callable[[int], None]:
+        def run(boundary: int) -> None:
+            start = time.perf_counter()
+            encode(boundary)
+            spent.append(time.perf_counter() - start)
+
+        return run
+
+    for layer in cache.layers:
+        if isinstance(layer, CodedLayer):
+            vars(layer)["encode_until"] = timed(layer.encode_until)
+    return spent
 
 
 def _run(model: Any, ids: Tensor, cache: Any, new_tokens: int) -> tuple[float, float]:

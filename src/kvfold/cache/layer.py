@@ -21,7 +21,7 @@ from kvfold.cache.past import CodedPast
 from kvfold.cache.positions import Positions
 from kvfold.cache.view import CacheView, CodedPiece
 from kvfold.codecs import Codec
-from kvfold.codecs.base import non_finite
+from kvfold.codecs.base import finite, non_finite
 from kvfold.codes import Codes
 from kvfold.compat import CacheLayerMixin
 from kvfold.config import RopeSpec
@@ -105,7 +105,7 @@ class CodedLayer(CacheLayerMixin):
             )
         if asks_late(key_states):
             self.finite = torch.isfinite(key_states).all() & torch.isfinite(value_states).all()
-        elif not _finite(key_states, value_states):
+        elif not finite(key_states, value_states):
             raise non_finite()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -119,7 +119,7 @@ class CodedLayer(CacheLayerMixin):
                 self.exact["sink_" + name] = torch.cat((self.exact["sink_" + name], new[:, :, :to_sinks]), 2)
             self.exact[name] = torch.cat((self.exact[name], new[:, :, to_sinks:]), 2)
         before = self.coded
-        self._encode_until(self._boundary(self.length))
+        self.encode_until(self._boundary(self.length))
         boundaries = self._boundaries(old, before) if queries > 1 and self.coded > before else None
         if not self.record_past and boundaries is None:
             self._trim()
@@ -249,7 +249,7 @@ class CodedLayer(CacheLayerMixin):
             self._tail_start = coded - cut
         return cut
 
-    def _encode_until(self, boundary: int) -> None:
+    def encode_until(self, boundary: int) -> None:
         start = self.coded
         if boundary <= start:
             return
@@ -260,7 +260,7 @@ class CodedLayer(CacheLayerMixin):
                 self.key_codec.unplace(keys[:, :, a - start : b - start], self._rotation(a, b, regime))
                 for a, b, regime in self._positions.regimes(start, boundary)
             ]
-            keys = torch.cat(pieces, 2)
+            keys = torch.cat(pieces, 2) if len(pieces) > 1 else pieces[0]
         key_codes = self.key_codec.encode(keys)
         self.past.append(key_codes, self.value_codec.encode(self.exact["values"][:, :, chosen]))
 
@@ -303,10 +303,3 @@ class CodedLayer(CacheLayerMixin):
 def asks_late(tensor: Tensor) -> bool:
     """Whether looking at a number would make the host wait for a device, so that a pass looks once, at its end."""
     return tensor.is_cuda
-
-
-def _finite(*tensors: Tensor) -> bool:
-    """Whether no element is NaN or Inf. Sums tell it sooner, unless they overflow."""
-    if math.isfinite(sum(float(tensor.detach().sum(dtype=torch.float32)) for tensor in tensors)):
-        return True
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)

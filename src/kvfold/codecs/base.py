@@ -75,7 +75,7 @@ class Codec(ABC):
             raise InputError(f"head dim {self.head_dim}", f"{x.shape[-1]}", "use the codec with the model it was made for")
         if x.shape[2] % self.block:
             raise InputError(f"a multiple of {self.block} tokens", f"{x.shape[2]}", "keep the others until their block is full")
-        if not x.is_cuda and not bool(torch.isfinite(x).all()):
+        if not x.is_cuda and not finite(x):
             raise non_finite()
         return self._encode(x.float())
 
@@ -220,6 +220,13 @@ def non_finite() -> InputError:
     return InputError(
         "finite keys and values", "NaN or Inf", "check the model's weights and dtype (float16 overflows: try bfloat16)"
     )
+
+
+def finite(*tensors: Tensor) -> bool:
+    """Whether no element is NaN or Inf. Sums tell it sooner, unless they overflow."""
+    if math.isfinite(sum(float(tensor.detach().sum(dtype=torch.float32)) for tensor in tensors)):
+        return True
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
 def attend(

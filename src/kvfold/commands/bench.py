@@ -26,7 +26,7 @@ from kvfold.errors import InputError
 
 def bench_generation(args: argparse.Namespace) -> None:
     """`kvfold bench generate`."""
-    load(args.codec)
+    beam = dict(chosen_codecs(args).settings)["beam"] if args.changes else None
     check_outputs(args, "bench-generate")
     prepare(args)
     results = bench_generate(
@@ -39,6 +39,7 @@ def bench_generation(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         device=args.device,
         threads=args.threads,
+        beam=beam,
     )
     units = [("tokens_per_s", 1, "tokens/s"), ("prefill_s", 1, "prefill s")]
     units += [("bytes_cache", 1 << 20, "cache MiB"), ("peak_rss_bytes", 1 << 20, "peak RSS MiB")]
@@ -48,7 +49,12 @@ def bench_generation(args: argparse.Namespace) -> None:
             name = "kvfold" if one is ours else f"plain {one['dtype']}"
             rows.append([str(one["context"]), name, *(f"{one[field] / unit:.2f}" for field, unit, _ in units)])
         rows.append(["", "kvfold/plain", *(f"{ours[field] / plain[field]:.3f}" for field, _, _ in units)])
-    emit(args, results, table(rows))
+    shares = [
+        f"{one['context']} tokens: encoding takes {one['encode_s']:.3f} s, {one['encode_share']:.1%} of the plain prefill"
+        for one in results
+        if one["encode_s"] is not None
+    ]
+    emit(args, results, "\n".join([table(rows), *shares]))
     record_if_asked(args, "bench-generate", {"results": results})
 
 

@@ -87,7 +87,7 @@ def _gpu() -> dict[str, Callable]:
     """Imported when first needed: Triton takes a second, and has to know by then whether it is to interpret."""
     encode, decode, attend = (importlib.import_module(f"kvfold.ops.{op}.gpu") for op in ("encode", "decode", "attend"))
     found = {"encode": encode.encode, "decode": decode.decode, "attend": attend.attend}
-    found |= {"attend_pages": partial(pages.attend_pages, attend.attend), "code": partial(code, encode.encode)}
+    found |= {"attend_pages": partial(pages.attend_pages, attend.attend), "code": encode.code}
     return {**found, "attend_exact": naive_attend.attend_exact}  # exact tokens are few: PyTorch's own products
 
 

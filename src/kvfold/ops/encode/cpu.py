@@ -57,8 +57,9 @@ def _code(
 ) -> tuple[Tensor, Tensor]:
     array, results = native.array, _stored_like(x, codebooks, book, channels, weights, bits, beam, scale_bits)
     packed, scale = results
+    x = x.float()
     native.module().code(
-        array(x.float().contiguous()),
+        array(x if x.stride(-1) == 1 else x.contiguous()),
         native.books(codebooks, book),
         array(channels),
         None if weights is None else array(weights.float().contiguous()),

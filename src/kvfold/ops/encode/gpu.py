@@ -39,6 +39,39 @@ def encode_packed(vectors: Tensor, codebooks: Tensor, book: Tensor, beam: int, b
     return pack(codes, bits) if whole is None else codes.view(torch.uint8)
 
 
+def code(
+    x: Tensor,
+    codebooks: Tensor,
+    book: Tensor,
+    channels: Tensor,
+    weights: Tensor | None,
+    bits: int,
+    beam: int = 1,
+    scale_bits: int = 16,
+) -> tuple[Tensor, Tensor]:
+    """As `code.code`, in two kernels; a product with `weights` between them is PyTorch's."""
+    vectors, scale = scaled_groups(x, channels, scale_bits)
+    if weights is not None:
+        vectors = torch.einsum("bgtpd,gpde->bgtpe", vectors, weights.float())
+    return encode_packed(vectors, codebooks, book, beam, bits), scale
+
+
+def scaled_groups(x: Tensor, channels: Tensor, scale_bits: int) -> tuple[Tensor, Tensor]:
+    """As `code.scaled_groups` of `x [B, G, T, D]`, sums rounded in another order; one pass over the vectors."""
+    batch, heads, tokens, width = x.shape
+    vectors = torch.empty((batch, heads, tokens, *channels.shape), dtype=torch.float32, device=x.device)
+    scale = torch.empty((batch, heads, tokens, 1), dtype=torch.uint8 if scale_bits == 8 else torch.float16, device=x.device)
+    if not scale.numel():
+        return vectors, scale
+    padded = triton.next_power_of_2(width)
+    rows = max(1, (1 << 16 if interpreted() else 4096) // padded)
+    with torch.cuda.device_of(x):
+        _scale[(batch * heads * triton.cdiv(tokens, rows),)](
+            x, channels.contiguous(), vectors, scale, heads, tokens, *x.stride(), WIDTH=width, ROWS=rows, PADDED=padded
+        )
+    return vectors, scale
+
+
 def encode_statistics(rows: Tensor, tables: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Greedy codes and what a moving average of codebooks needs, in one pass.
 
@@ -113,6 +146,38 @@ def _tiles(tokens: int, size: int, dim: int, beam: int) -> dict[str, int]:
         "num_warps": 4 if padded <= 128 else 8,
         "num_stages": 3 if padded <= 128 else 2,
     }
+
+
+@triton.jit
+def _scale(
+    x, channels, vectors, scale, heads, tokens, by_batch, by_head, by_token, by_channel,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Vectors of `ROWS` tokens of a head over their scale as it is stored, channels in the order of groups (`code.scaled_groups`)."""
+    program, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(tokens, ROWS)
+    pair, token = program // blocks, program % blocks * ROWS + tl.arange(0, ROWS)
+    entry = tl.arange(0, PADDED)
+    real, here = (entry < WIDTH)[None, :], token < tokens
+    there = here[:, None] & real
+    channel = tl.load(channels + entry, mask=entry < WIDTH, other=0)
+    start = x + (pair // heads) * by_batch + (pair % heads) * by_head + token * by_token
+    given = tl.load(start[:, None] + channel[None, :] * by_channel, mask=there, other=0.0).to(tl.float32)
+    mean = tl.sum(given, 1) / WIDTH
+    away = tl.where(real, given - mean[:, None], 0.0)
+    spread = tl.sqrt(tl.sum(away * away, 1) / (WIDTH - 1))
+    peak = tl.max(tl.abs(given), 1)
+    spread = tl.where(spread * 1024 < peak, peak, spread)  # constant but for rounding
+    if scale.dtype.element_ty == tl.uint8:  # packing.pack_scale
+        bits = tl.minimum(spread, 61440.0).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
+        stored = (bits + 64) >> 7
+        tl.store(scale + pair * tokens + token, stored.to(tl.uint8), mask=here)
+        by = (stored << 7).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        half = tl.minimum(spread, 65504.0).to(tl.float16)
+        tl.store(scale + pair * tokens + token, half, mask=here)
+        by = half.to(tl.float32)
+    by = tl.where(by > 0, by, 1.0)
+    tl.store(vectors + (pair * tokens + token)[:, None] * WIDTH + entry[None, :], given / by[:, None], mask=there)
 
 
 @triton.jit
