@@ -203,7 +203,7 @@ def bench_prefill_gpu(
         max_position_embeddings=shape["tokens"],
     )
     with torch.device(device):
-        model = LlamaModel(config).to(device, torch.bfloat16).eval()
+        model = LlamaModel(config).bfloat16().eval().to(torch.device(device))
         ids = torch.randint(128, (1, shape["tokens"]))
         dim = shape["hidden"] // shape["heads"]
         states = torch.randn(1, shape["kv_heads"], shape["tokens"], dim).bfloat16()

@@ -32,8 +32,7 @@ from kvfold.ops.attend.naive import Coded, Rotation
 from kvfold.ops.interpreter import interpreted
 
 _MOST_ROWS = 16  # query rows of a KV head
-_TILE, _LOOKED_UP = 32, 1024  # keys of a tile
-_WARPS = 4
+_LOOKED_UP = 1024  # keys of a tile that is looked up, one a thread
 _MOST_SPLITS = 128
 _PROGRAMS = 16  # a multiprocessor, if there are that many tiles
 _TABLE_BYTES = 1 << 17  # of the tables of a KV head, so that they stay in the first-level cache
@@ -96,12 +95,12 @@ def partial(
     places = (positions, 0 if positions is None or len(positions) == 1 else positions.stride(0))
     sizes = (stages, groups, key.channels.shape[1], size)
     center = None if key.center is None else key.center[:, key.channels.flatten()].half()
-    tile = 512 if interpreted() else _TILE
+    tile = 512 if interpreted() else 64
 
     def scores(kind: str, more: bool) -> None:
         count, each = _splits(pairs, tokens, tile, processors)
         arguments = (turning, frequency, *places, center, logits, *_arguments(key), kv_heads, each, *finish)
-        _scores[(count, pairs)](*arguments, kind, more, *sizes, max(16, tall), tall, tile, num_warps=_WARPS, num_stages=1)
+        _scores[(count, pairs)](*arguments, kind, more, *sizes, max(16, tall), tall, tile, num_warps=4, num_stages=1)
 
     if key.center is not None:
         scores("center", False)
@@ -110,7 +109,9 @@ def partial(
     elif 2 * stages * groups * size * tall <= _TABLE_BYTES:
         tables = torch.empty(pairs, stages * groups, size, tall, dtype=torch.float16, device=query.device)
         *codes, codebooks, book = _arguments(key)
-        _tables[(pairs, stages * groups)](turning, codebooks, book, tables, kv_heads, rows, groups, *sizes[2:], max(16, size), max(8, tall), tall)
+        _tables[(pairs, stages * groups)](
+            turning, codebooks, book, tables, kv_heads, rows, groups, *sizes[2:], max(16, size), max(8, tall), tall
+        )
         wide = max(32, min(_LOOKED_UP, triton.next_power_of_2(triton.cdiv(tokens * pairs, processors))))
         count, each = _splits(pairs, tokens, wide, processors)
         arguments = (tables, logits, *codes, kv_heads, each, *finish, key.center is not None)
@@ -118,11 +119,12 @@ def partial(
     else:
         scores("plain", key.center is not None)
 
+    tile = 512 if interpreted() else 32
     count, each = _splits(pairs, tokens, tile, processors)
     sizes = (len(value.book), *value.channels.shape, value.codebooks.shape[1])
     out, lse = torch.empty(count, pairs, rows, value.channels.numel(), **made), torch.empty(count, pairs, rows, **made)
     arguments = (logits, out, lse, *_arguments(value), kv_heads, each, rows, tokens)
-    _mix[(count, pairs)](*arguments, *sizes, max(16, tall), tall, tile, max(tile, 128), num_warps=_WARPS, num_stages=1)
+    _mix[(count, pairs)](*arguments, *sizes, max(16, tall), tall, tile, max(tile, 128), num_warps=4, num_stages=1)
     return out, lse
 
 
@@ -196,14 +198,13 @@ def _decoded(
 
 
 @triton.jit
-def _finished(score, batch, token, there, row, queries, mask, mask_b, mask_q, mask_t, softmax_scale, softcap):
-    """Logits of `score [ROWS, TOKENS]`: scaled, capped, minus infinity where a query may not look."""
+def _finished(score, mask, place, there, softmax_scale, softcap):
+    """Logits: scores scaled, capped, and minus infinity where the mask says no."""
     score *= softmax_scale
     if softcap is not None:
         score = softcap * (2 * tl.sigmoid(2 * score / softcap) - 1)  # tanh
     if mask is not None:
-        look = mask + batch * mask_b + (row % queries).to(tl.int64)[:, None] * mask_q + token.to(tl.int64)[None, :] * mask_t
-        score = tl.where(tl.load(look, mask=there, other=0) != 0, score, float("-inf"))
+        score = tl.where(tl.load(mask + place, mask=there, other=0) != 0, score, float("-inf"))
     return score
 
 
@@ -290,15 +291,15 @@ def _scores(
         if KIND == "plain":
             score = tl.dot(query, tl.trans(keys))
         else:
-            score = tl.dot(a_here, tl.trans(keys * cos))
-            score = tl.dot(b_here, tl.trans(keys * sin), score)
+            score = tl.dot(a_here, tl.trans(keys * cos)) + tl.dot(b_here, tl.trans(keys * sin))
         target = logits + (pair * tokens + far)[None, :] * TALL + row[:, None]
         there = known[:, None] & inside[None, :]
         if KIND != "center":
             score *= _scale(k_scale + batch * ks_b + head * ks_g + far * ks_t, inside)[None, :]
             if MORE:
                 score += tl.load(target, mask=there, other=0.0)
-            score = _finished(score, batch, token, there, row, queries, mask, mask_b, mask_q, mask_t, softmax_scale, softcap)
+            seen = (row % queries).to(tl.int64)[:, None] * mask_q + far[None, :] * mask_t
+            score = _finished(score, mask, batch * mask_b + seen, there, softmax_scale, softcap)
         tl.store(target, score, mask=there)
 
 
@@ -316,10 +317,10 @@ def _tables(
     q = tl.load(at, mask=(row < rows)[None, :], other=0.0)
     there = (word < SIZE)[:, None]
     words = tl.load(codebooks + (table * SIZE + word)[:, None] * DIM + lane[None, :], mask=there, other=0.0)
-    if DIM < 16:
-        made = tl.sum(words.to(tl.float32)[:, :, None] * q[None, :, :], 1)
-    else:
+    if DIM >= 16:
         made = tl.dot(words, q.to(tl.float16))
+    else:  # too short for tensor cores
+        made = tl.sum(words.to(tl.float32)[:, :, None] * q[None, :, :], 1)
     target = ((pair * tl.num_programs(1) + number) * SIZE + word)[:, None] * TALL + row[None, :]
     tl.store(tables + target, made.to(tl.float16), mask=there & (row < TALL)[None, :])
 
@@ -342,19 +343,20 @@ def _look_up(
         inside = token < last
         far = token.to(tl.int64)
         codes = words + batch * k_b + head * k_g + far * k_t
-        score = tl.zeros([TALL, TOKENS], tl.float32)
+        score = tl.zeros([TOKENS, TALL], tl.float32)
         for stage in range(STAGES):
-            word = tl.load(codes + stage, mask=inside, other=0, cache_modifier=".cg")
+            word = tl.load(codes + stage, mask=inside, other=0)
             for group in tl.static_range(GROUPS):
                 code = tl.minimum(((word >> (8 * group)) & 255).to(tl.int32), SIZE - 1)
                 entry = ((stage * GROUPS + group) * SIZE + code) * TALL
-                score += tl.load(table + entry[None, :] + row[:, None]).to(tl.float32)
-        score *= _scale(k_scale + batch * ks_b + head * ks_g + far * ks_t, inside)[None, :]
-        target = logits + (pair * tokens + far)[None, :] * TALL + row[:, None]
-        there = (row < rows)[:, None] & inside[None, :]
+                score += tl.load(table + entry[:, None] + row[None, :]).to(tl.float32)
+        score *= _scale(k_scale + batch * ks_b + head * ks_g + far * ks_t, inside)[:, None]
+        target = logits + (pair * tokens + far)[:, None] * TALL + row[None, :]
+        there = inside[:, None] & (row < rows)[None, :]
         if MORE:
             score += tl.load(target, mask=there, other=0.0)
-        score = _finished(score, batch, token, there, row, queries, mask, mask_b, mask_q, mask_t, softmax_scale, softcap)
+        place = (row % queries).to(tl.int64)[None, :] * mask_q + far[:, None] * mask_t
+        score = _finished(score, mask, batch * mask_b + place, there, softmax_scale, softcap)
         tl.store(target, score, mask=there)
 
 

@@ -153,7 +153,7 @@ def _scale(
     x, channels, vectors, scale, heads, tokens, by_batch, by_head, by_token, by_channel,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Vectors of `ROWS` tokens of a head over their scale as it is stored, channels in the order of groups (`code.scaled_groups`)."""
+    """Vectors of `ROWS` tokens of a head, over their scale as stored and in the order of groups (`code.scaled_groups`)."""
     program, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(tokens, ROWS)
     pair, token = program // blocks, program % blocks * ROWS + tl.arange(0, ROWS)
     entry = tl.arange(0, PADDED)
@@ -202,9 +202,7 @@ def _load(
 
 
 @triton.jit
-def _closeness(
-    residual, words, half, start, CHUNK: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr, REAL: tl.constexpr
-):
+def _closeness(residual, words, half, start, CHUNK: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr, REAL: tl.constexpr):
     """`r . C[j] - ||C[j]||^2 / 2` for the codewords of a chunk; minus infinity behind the last."""
     column = start + tl.arange(0, CHUNK)
     channel = tl.arange(0, DIM)
@@ -243,9 +241,10 @@ def _greedy(
         for first in range(0, SIZE, CHUNK):
             score = _closeness(residual, table + start * REAL, half + start, first, CHUNK, DIM, SIZE, REAL)
             top = tl.max(score, 1)
-            lowest = tl.min(tl.where(score == top[:, None], tl.arange(0, CHUNK)[None, :], SIZE - 1), 1)
+            column = first + tl.arange(0, CHUNK)
+            lowest = tl.min(tl.where(score == top[:, None], column[None, :], SIZE - 1), 1)
             better = top > best  # an equal one of a later chunk is not
-            index = tl.where(better, first + lowest, index)
+            index = tl.where(better, lowest, index)
             best = tl.where(better, top, best)
         tl.store(codes + ((pair * tokens + token) * stages + stage) * groups + group, index, mask=here)
         word = index[:, None] * REAL + channel[None, :]  # of one codebook: far below 2^31
