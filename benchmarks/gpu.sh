@@ -17,7 +17,8 @@ print(f"{properties.name}, {properties.multi_processor_count} multiprocessors, t
 END
 
 echo "== laws of the ops on this GPU, then real shapes and graphs"
-timeout 200 "$python" -m pytest -q -p no:cacheprovider tests/ops -k gpu --deselect tests/ops/test_gpu.py::test_every_kernel_compiles_for_an_h100 \
+workers=$("$python" -c 'import importlib.util as u, os; print(f"-n {min(os.cpu_count(), 15)}" if u.find_spec("xdist") else "")')
+timeout 200 "$python" -m pytest -q -p no:cacheprovider $workers tests/ops -k gpu --deselect tests/ops/test_gpu.py::test_every_kernel_compiles_for_an_h100 \
 	|| checks=failed
 
 echo "== decode attention of one layer, 32 query and 8 KV heads of dim 128, 8 stages of 256"
@@ -27,7 +28,7 @@ timeout 60 "$python" -m kvfold bench attend --device cuda --rope post,pre --cont
 	| tee -a "$out/gpu-attend.txt"
 
 echo "== encoding, and what it adds to a prompt's pass"
-timeout 70 "$python" -m kvfold bench encode --device cuda --beams 1,4,16 --record "$out" | tee "$out/gpu-encode.txt"
+timeout 70 "$python" -m kvfold bench encode --device cuda --beams 1,4 --repeats 5 --record "$out" | tee "$out/gpu-encode.txt"
 
 echo
 echo "== in short (checks: ${checks:-passed})"
