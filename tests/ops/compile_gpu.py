@@ -34,7 +34,7 @@ POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-KERNELS = ("_queries", "_scores", "_tables", "_look_up", "_mix", "_attend", "_join", "_greedy", "_beam", "_decode")
+KERNELS = ("_scaled", "_queries", "_scores", "_tables", "_look_up", "_mix", "_attend", "_join", "_greedy", "_beam", "_decode")
 DIVISIBLE = [["tt.divisibility", 16]]
 
 
@@ -124,6 +124,7 @@ def main(everything: bool) -> None:
     book = torch.arange(8)[:, None, None].expand(-1, 2, 4)
     for beam in (1, 4, 16) if everything else (1, 4):
         encode.encode(vectors, tables, book, beam)
+    encode.scaled_groups(torch.zeros(1, 2, 4096, 128).bfloat16(), torch.arange(128).view(4, 32), 8)
     encode.encode_statistics(vectors.view(-1, 32), tables.float())
     encode.encode_packed(vectors, tables, book, 1, 8)
     decode.decode(torch.zeros(1, 2, 4096, 8, 4, dtype=torch.int32), tables, book)

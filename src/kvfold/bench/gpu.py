@@ -139,8 +139,7 @@ def bench_encode_gpu(
 
     Returns:
         One object a beam: `kvfold_ms`, `naive_ms` (plain PyTorch on the device, from a 16th of the vectors), `vectors_per_s`,
-        `speedup` over naive;
-        `floor_operations_ms` (one float16 product a codeword and hypothesis: the beam counts from the second stage on), `floor_bytes_ms`;
+        `speedup` over naive; `floor_operations_ms` (one float16 product of every codeword and hypothesis), `floor_bytes_ms`;
         `statistics_ms` (what learning by moving average needs, in the same pass; None for a beam above 1); `equal_codes`, the
         share of 4,096 vectors whose codes are those of the naive op in float32.
     """

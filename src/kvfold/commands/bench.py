@@ -11,7 +11,6 @@ from kvfold.bench.attend import CONTEXTS
 from kvfold.bench.encode import VECTORS
 from kvfold.bench.plot import plot_times
 from kvfold.bench.serve import bench_serve
-from kvfold.codecs.artifact import load
 from kvfold.commands.common import (
     check_outputs,
     chosen_codecs,

@@ -8,9 +8,9 @@ with `a` the query (times RoPE's factor) and `b` the query with every pair turne
 whichever channels share a group. Sines and cosines are made once for all heads. A rotated center adds the same sum over its
 own channels. A few queries over keys after RoPE score from a table, `q . codeword` for every codeword, and decode no key.
 
-What bounds it: reading the codewords of a token, `2 S D` bytes of a float16 table that stays in the first-level cache, beside
-`S D / d` bytes of codes from memory; with tables of scores `4 S P` bytes a query head in place of the keys' `2 S D`. Products
-run on tensor cores (float16, or three products in TF32 for float32 queries). Nothing is asked of the device on the way, so calls may
+Steps of few rows in half precision go their own way, `gpu_step.py`. What bounds it: decoding, once for every block of rows, by
+reading the codewords of a token, `2 S D` bytes of a float16 table that stays in the first-level cache. Products run on tensor
+cores (float16, or three products in TF32 for float32 queries). Nothing is asked of the device on the way, so calls may
 be captured in a CUDA graph. A code that names no codeword cannot be told without asking; it reads the last codeword.
 """
 
@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvfold.ops.attend import gpu_step
+from kvfold.ops.attend.gpu_step import scale_of
 from kvfold.ops.attend.naive import Coded, Rotation
 from kvfold.ops.interpreter import interpreted
 
@@ -89,15 +90,6 @@ def _code(row, stride, index, BITS: tl.constexpr, ROW_BYTES: tl.constexpr, insid
         there = inside & (byte + more < ROW_BYTES)
         word |= tl.load(row + (byte + more) * stride, mask=there, other=0).to(tl.int32) << (8 * more)
     return (word >> (start % 8)) & ((1 << BITS) - 1)
-
-
-@triton.jit
-def _scale(pointer, inside):
-    """Scales of tokens as float32; a byte is the upper half of a float16's (packing.pack_scale)."""
-    value = tl.load(pointer, mask=inside, other=0)
-    if pointer.dtype.element_ty == tl.uint8:
-        value = (value.to(tl.int16) << 7).to(tl.float16, bitcast=True)
-    return value.to(tl.float32)
 
 
 @triton.jit
@@ -191,7 +183,7 @@ def _attend(
                 scores += tl.dot(b, tl.trans((keys * sin).to(a.dtype)), input_precision="tf32x3")
             else:
                 scores = tl.dot(a, tl.trans(keys.to(a.dtype)), input_precision="tf32x3")
-        scores *= _scale(k_scale + batch * ks_b + head * ks_g + far * ks_t, inside)[None, :]
+        scores *= scale_of(k_scale + batch * ks_b + head * ks_g + far * ks_t, inside)[None, :]
         if CENTERED:
             cos, sin = _turn(turns + batch * turns_b + far * (2 * angles), angles, pair_of, inside)
             scores += tl.dot(a_center, tl.trans(cos.to(a.dtype)), input_precision="tf32x3")
@@ -216,7 +208,7 @@ def _attend(
             V_STAGES, V_GROUPS, V_DIM, V_SIZE, V_BITS, V_PADDED, V_WIDTH, TOKENS,
         )  # fmt: skip
         # The scales go with the shares, relative to the largest: whatever their size, float16 holds the products.
-        scale = _scale(v_scale + batch * vs_b + head * vs_g + far * vs_t, inside)
+        scale = scale_of(v_scale + batch * vs_b + head * vs_g + far * vs_t, inside)
         largest = tl.max(scale, 0)
         share *= (scale / tl.where(largest > 0, largest, 1.0))[None, :]
         part = tl.dot(share.to(a.dtype), values.to(a.dtype), input_precision="tf32x3")

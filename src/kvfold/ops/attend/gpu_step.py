@@ -7,16 +7,17 @@ Keys after RoPE are scored from a table of `q . codeword`, where that too stays 
 multiplied on tensor cores. With keys before RoPE, the queries are turned back to the first position `n` of a tile of keys, and
 the keys by their distance `e` from it; neighbouring tokens have the same distances in every tile, so these stay in registers:
 
-    q . R(n + e) k = sum_c k[c] (a'[c] cos(e f[c]) + b'[c] sin(e f[c])),   a' = a cos(n f) + b sin(n f),   b' = b cos(n f) - a sin(n f)
+    q . R(n + e) k = sum_c k[c] (a'[c] cos(e f[c]) + b'[c] sin(e f[c])),
+    a' = a cos(n f) + b sin(n f),   b' = b cos(n f) - a sin(n f)
 
 with `a` the query and `b` the query with every pair turned by 90 degrees, as in `gpu.py`. A rotated center is scored likewise,
 with `k` the center, in a pass of its own.
 
 Sums of codewords, cosines, sines, tables and both factors of every product are float16, sums of products and the softmax
-float32: outputs differ from float32's by less than 1e-3 (root mean squares).
+float32: outputs differ from float32's by less than 1.5e-3 over few keys, 3e-4 over many (root mean squares).
 
 What bounds it: an instruction gathers 8 codewords of 64 bytes, and two at a time meet in the same banks every other time, so a
-side takes 1.9 times what its `2 S D` bytes a key take at the full speed of the cache; a table of four rows a third of that.
+side takes 1.8 times what its `2 S D` bytes a key take at the full speed of the cache; a table of four rows a third of that.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def partial(
     """Attention over each split of the keys, for shapes that `takes` admits; arguments as in `naive.attend`.
 
     Returns:
-        Outputs float32 `[splits, B * G, rows, D]`, channels in the order of the values' groups, and lse `[splits, B * G, rows]`.
+        Outputs float32 `[splits, B * G, rows, D]`, channels in the order of the values' groups; lse `[splits, B * G, rows]`.
     """
     batch, heads, queries, width = query.shape
     kv_heads, tokens = key.packed.shape[1:3]
@@ -95,7 +96,7 @@ def partial(
     places = (positions, 0 if positions is None or len(positions) == 1 else positions.stride(0))
     sizes = (stages, groups, key.channels.shape[1], size)
     center = None if key.center is None else key.center[:, key.channels.flatten()].half()
-    tile = 512 if interpreted() else 64
+    tile = 512 if interpreted() else 64 if width <= 128 else 32
 
     def scores(kind: str, more: bool) -> None:
         count, each = _splits(pairs, tokens, tile, processors)
@@ -154,7 +155,7 @@ def _sincos(angle):
 
 
 @triton.jit
-def _scale(pointer, inside):
+def scale_of(pointer, inside):
     """Scales of tokens as float32; a byte is the upper half of a float16's (packing.pack_scale)."""
     value = tl.load(pointer, mask=inside, other=0)
     if pointer.dtype.element_ty == tl.uint8:
@@ -213,7 +214,7 @@ def _queries(
     query, channels, inv_freq, turning, frequency, rows, turned, factor,
     INTERLEAVED: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Queries in the order of the keys' groups; with RoPE also times its factor, and that with every pair turned by 90 degrees."""
+    """Queries in the order of the keys' groups; with RoPE also times its factor, and that with pairs turned by 90 degrees."""
     pair = tl.program_id(0).to(tl.int64)
     at, row = tl.arange(0, WIDTH), tl.arange(0, ROWS)
     channel = tl.load(channels + at).to(tl.int32)
@@ -295,7 +296,7 @@ def _scores(
         target = logits + (pair * tokens + far)[None, :] * TALL + row[:, None]
         there = known[:, None] & inside[None, :]
         if KIND != "center":
-            score *= _scale(k_scale + batch * ks_b + head * ks_g + far * ks_t, inside)[None, :]
+            score *= scale_of(k_scale + batch * ks_b + head * ks_g + far * ks_t, inside)[None, :]
             if MORE:
                 score += tl.load(target, mask=there, other=0.0)
             seen = (row % queries).to(tl.int64)[:, None] * mask_q + far[None, :] * mask_t
@@ -317,7 +318,7 @@ def _tables(
     q = tl.load(at, mask=(row < rows)[None, :], other=0.0)
     there = (word < SIZE)[:, None]
     words = tl.load(codebooks + (table * SIZE + word)[:, None] * DIM + lane[None, :], mask=there, other=0.0)
-    if DIM >= 16:
+    if DIM >= 16:  # noqa: SIM108
         made = tl.dot(words, q.to(tl.float16))
     else:  # too short for tensor cores
         made = tl.sum(words.to(tl.float32)[:, :, None] * q[None, :, :], 1)
@@ -350,7 +351,7 @@ def _look_up(
                 code = tl.minimum(((word >> (8 * group)) & 255).to(tl.int32), SIZE - 1)
                 entry = ((stage * GROUPS + group) * SIZE + code) * TALL
                 score += tl.load(table + entry[:, None] + row[None, :]).to(tl.float32)
-        score *= _scale(k_scale + batch * ks_b + head * ks_g + far * ks_t, inside)[:, None]
+        score *= scale_of(k_scale + batch * ks_b + head * ks_g + far * ks_t, inside)[:, None]
         target = logits + (pair * tokens + far)[:, None] * TALL + row[None, :]
         there = inside[:, None] & (row < rows)[None, :]
         if MORE:
@@ -381,7 +382,7 @@ def _mix(
         there = known[:, None] & (token < last)[None, :]
         logit = tl.load(logits + (pair * tokens + far)[None, :] * TALL + row[:, None], mask=there, other=float("-inf"))
         highest = tl.maximum(highest, logit)
-        largest = tl.maximum(largest, _scale(v_scale + batch * vs_b + head * vs_g + far * vs_t, token < last))
+        largest = tl.maximum(largest, scale_of(v_scale + batch * vs_b + head * vs_g + far * vs_t, token < last))
     top = tl.max(highest, 1)
     base = tl.where(top == float("-inf"), 0.0, top)
     # The scales go with the shares, relative to the largest: whatever their size, float16 holds the products.
@@ -397,7 +398,7 @@ def _mix(
         logit = tl.load(logits + (pair * tokens + far)[None, :] * TALL + row[:, None], mask=there, other=float("-inf"))
         share = tl.exp(logit - base[:, None])
         weights += share
-        scale = _scale(v_scale + batch * vs_b + head * vs_g + far * vs_t, inside) / unit
+        scale = scale_of(v_scale + batch * vs_b + head * vs_g + far * vs_t, inside) / unit
         values = _decoded(
             words + batch * v_b + head * v_g + far * v_t, codebooks, book, heads, head, inside,
             STAGES, GROUPS, DIM, SIZE, TOKENS,

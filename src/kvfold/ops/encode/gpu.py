@@ -66,7 +66,7 @@ def scaled_groups(x: Tensor, channels: Tensor, scale_bits: int) -> tuple[Tensor,
     padded = triton.next_power_of_2(width)
     rows = max(1, (1 << 16 if interpreted() else 4096) // padded)
     with torch.cuda.device_of(x):
-        _scale[(batch * heads * triton.cdiv(tokens, rows),)](
+        _scaled[(batch * heads * triton.cdiv(tokens, rows),)](
             x, channels.contiguous(), vectors, scale, heads, tokens, *x.stride(), WIDTH=width, ROWS=rows, PADDED=padded
         )
     return vectors, scale
@@ -149,7 +149,7 @@ def _tiles(tokens: int, size: int, dim: int, beam: int) -> dict[str, int]:
 
 
 @triton.jit
-def _scale(
+def _scaled(
     x, channels, vectors, scale, heads, tokens, by_batch, by_head, by_token, by_channel,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
