@@ -71,10 +71,11 @@ def test_head_dims_of_real_models(dim: int, queries: int) -> None:
 @pytest.mark.parametrize("rope", ["post", "pre", "center"])
 @pytest.mark.parametrize(("heads", "queries", "groups"), [(1, 1, 4), (3, 2, 2), (5, 3, 1), (16, 1, 8)])
 def test_a_step_in_half_precision(rope: str, heads: int, queries: int, groups: int) -> None:
-    """Codes of a byte and powers of 2 have kernels of their own: rows by tables or not, splits, masks, caps, stages left over."""
+    """Codes of a byte and powers of 2 have kernels of their own: rows by tables or not, splits, masks, stages left over."""
     dim, tokens = 16 * groups, 700
     key, value = (unit(scattered(2, 2, tokens, dim, 16, 256, stages)) for stages in (5, 11))
-    assert gpu_step.takes(query := torch.randn(2, 2 * heads, queries, dim).bfloat16(), key, value)
+    query = torch.randn(2, 2 * heads, queries, dim).bfloat16()
+    assert gpu_step.takes(query, key, value)
     positions = torch.arange(tokens) + (torch.arange(tokens) > 333) * 1000  # a gap within a tile
     angles = 100.0 ** -torch.linspace(0, 1, dim // 2 - 1)  # and channels that are not rotated
     rotation = None if rope == "post" else ops.Rotation(positions[None], angles, 1.2, False)
