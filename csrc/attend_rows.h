@@ -55,9 +55,7 @@ struct Rows {
     }
   }
 
-  // tables [codes][C][kWidth], or kByRow, for 256 codewords, [kWidth][codes][C], from `query [kWidth][dim]`, channels in coded
-  // order.
-  template <bool kByRow = false>
+  // tables [codes][C][kWidth] from `query [kWidth][dim]`, channels in coded order.
   static void make_tables(const Books& books, const int32_t* book, const float* query, float* tables) {
     const int64_t dim = books.dim, padded = books.padded_size(), head_dim = books.head_dim();
     for (int64_t l = 0; l < books.codes(); l++) {
@@ -78,10 +76,7 @@ struct Rows {
         }
         for (int w = 0; w < kBunch; w++) {
           const int64_t c = first + w * lanes;
-          if constexpr (kByRow)
-            for (int r = 0; r < kWidth; r++) store(tables + (r * books.codes() + l) * books.size + c, acc[w][r]);
-          else
-            put_table(acc[w], books.size - c, tables + (l * books.size + c) * kWidth);
+          put_table(acc[w], books.size - c, tables + (l * books.size + c) * kWidth);
         }
       }
     }
@@ -174,20 +169,30 @@ struct Rows {
 
   template <int kRowsOf>
   static void add_scaled(const float* mass, const float* table, int64_t size, int64_t dim, int64_t head_dim, float* sums) {
+    // Sums of their own for even and odd codewords where registers suffice: one addition need not wait for the last.
+    constexpr int kTurns = lanes == 16 ? 2 : 1;
     int64_t j = 0;
     for (; j + 2 * lanes <= dim; j += 2 * lanes) {
-      vf acc[kRowsOf][2];
-      for (int r = 0; r < kRowsOf; r++)
-        for (int w = 0; w < 2; w++) acc[r][w] = load(sums + r * head_dim + j + w * lanes);
-      for (int64_t c = 0; c < size; c++) {
-        const vf low = load(table + c * dim + j), high = load(table + c * dim + j + lanes);
+      vf acc[kTurns][kRowsOf][2] = {};
+      const auto add = [&](int64_t c, auto turn) {
+        const vf low = hold(load(table + c * dim + j)), high = hold(load(table + c * dim + j + lanes));
         for (int r = 0; r < kRowsOf; r++) {
-          acc[r][0] += mass[c * kWidth + r] * low;
-          acc[r][1] += mass[c * kWidth + r] * high;
+          const vf by = splat(mass[c * kWidth + r]);
+          acc[turn][r][0] += by * low;
+          acc[turn][r][1] += by * high;
         }
+      };
+      int64_t c = 0;
+      for (; c + kTurns <= size; c += kTurns) {
+        add(c, std::integral_constant<int, 0>());
+        if constexpr (kTurns == 2) add(c + 1, std::integral_constant<int, 1>());
       }
+      if (c < size) add(c, std::integral_constant<int, 0>());
       for (int r = 0; r < kRowsOf; r++)
-        for (int w = 0; w < 2; w++) store(sums + r * head_dim + j + w * lanes, acc[r][w]);
+        for (int w = 0; w < 2; w++) {
+          float* to = sums + r * head_dim + j + w * lanes;
+          store(to, load(to) + acc[0][r][w] + (kTurns == 2 ? acc[kTurns - 1][r][w] : vf{}));
+        }
     }
     for (; j < dim; j++)
       for (int r = 0; r < kRowsOf; r++)

@@ -257,7 +257,10 @@ bool supports(const std::string& isa) {
                       __builtin_cpu_supports("avx512vnni");
   if (isa == "avx2") return avx2;
   if (isa == "avx512") return avx512;
-  if (isa == "amx") return avx512 && amx_usable();
+  if (isa == "amx") {
+    static const bool usable = amx_usable();  // asked once: a virtual machine traps the question, 15 microseconds
+    return avx512 && usable;
+  }
 #endif
   return isa == "portable";
 }
