@@ -147,13 +147,17 @@ class RotatedScores {
   template <int kWidth>
   void scores(int64_t first, int64_t count, float* to, Ahead next) {
     const Books& books = *call_.key.books;
+    const int64_t stride = call_.key.token_stride;
+    Ahead own(code_row(call_.key, b_, g_, first), stride, count, (count + kRotationTile - 1) / kRotationTile);
+    own.ask();
     for (int64_t t = 0; t < count; t += kRotationTile) {
       const int64_t size = std::min(kRotationTile, count - t);
       next.ask();
+      own.ask();  // a tile ahead
       turn(first + t, size);
       const uint8_t* row = code_row(call_.key, b_, g_, first + t);
       if (codes_.empty()) {
-        find(row, call_.key.token_stride, size, near_.data());
+        find(row, stride, size, near_.data());
         pick<kWidth>(near_.data(), size, to + t * kWidth);
       } else {
         unpack(call_.key, row, size, codes_.data());

@@ -169,30 +169,20 @@ struct Rows {
 
   template <int kRowsOf>
   static void add_scaled(const float* mass, const float* table, int64_t size, int64_t dim, int64_t head_dim, float* sums) {
-    // Sums of their own for even and odd codewords where registers suffice: one addition need not wait for the last.
-    constexpr int kTurns = lanes == 16 ? 2 : 1;
     int64_t j = 0;
     for (; j + 2 * lanes <= dim; j += 2 * lanes) {
-      vf acc[kTurns][kRowsOf][2] = {};
-      const auto add = [&](int64_t c, auto turn) {
-        const vf low = hold(load(table + c * dim + j)), high = hold(load(table + c * dim + j + lanes));
-        for (int r = 0; r < kRowsOf; r++) {
-          const vf by = splat(mass[c * kWidth + r]);
-          acc[turn][r][0] += by * low;
-          acc[turn][r][1] += by * high;
-        }
-      };
-      int64_t c = 0;
-      for (; c + kTurns <= size; c += kTurns) {
-        add(c, std::integral_constant<int, 0>());
-        if constexpr (kTurns == 2) add(c + 1, std::integral_constant<int, 1>());
-      }
-      if (c < size) add(c, std::integral_constant<int, 0>());
+      vf acc[kRowsOf][2];
       for (int r = 0; r < kRowsOf; r++)
-        for (int w = 0; w < 2; w++) {
-          float* to = sums + r * head_dim + j + w * lanes;
-          store(to, load(to) + acc[0][r][w] + (kTurns == 2 ? acc[kTurns - 1][r][w] : vf{}));
+        for (int w = 0; w < 2; w++) acc[r][w] = load(sums + r * head_dim + j + w * lanes);
+      for (int64_t c = 0; c < size; c++) {
+        const vf low = load(table + c * dim + j), high = load(table + c * dim + j + lanes);
+        for (int r = 0; r < kRowsOf; r++) {
+          acc[r][0] += mass[c * kWidth + r] * low;
+          acc[r][1] += mass[c * kWidth + r] * high;
         }
+      }
+      for (int r = 0; r < kRowsOf; r++)
+        for (int w = 0; w < 2; w++) store(sums + r * head_dim + j + w * lanes, acc[r][w]);
     }
     for (; j < dim; j++)
       for (int r = 0; r < kRowsOf; r++)

@@ -152,8 +152,10 @@ class KeyTables {
       for (int64_t t = 0; t < count; t += kByteBlock) {
         const int64_t some = std::min(kByteBlock, count - t);
         turn_codes(row + t * stride, stride, some, codes, turned.data());
+        Ahead own(row + (t + some) * stride, stride, std::min(kByteBlock, count - t - some), rows);
         for (int64_t r = 0; r < rows; r++) {
           next.ask();
+          own.ask();
           by_row_[item * kWidth + r].look_up(turned.data(), codes, some, &found[r * kByteBlock]);
         }
         for (int64_t i = 0; i < some; i += lanes) {
