@@ -32,16 +32,17 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_layers.py
 
-# The ops' tests on native modules built with AddressSanitizer and UndefinedBehaviorSanitizer, in an environment of their own
-# that borrows the other packages. torch leaks by design, so leaks are not looked for.
+# The ops' tests on native modules built with AddressSanitizer and UndefinedBehaviorSanitizer, all that run here, in an environment
+# of their own that borrows the other packages. torch leaks by design, so leaks are not looked for. Tests of other backends alone
+# touch no native code and are left out.
 SANITIZE := .cache/sanitize
 sanitize: setup
 	$(BIN)/python -m venv $(SANITIZE)
-	$(BIN)/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])" \
+	$(BIN)/python -c "import sys; print(*(p for p in sys.path if p.endswith('site-packages')), sep='\n')" \
 		> $$($(SANITIZE)/bin/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")/borrowed.pth
 	$(SANITIZE)/bin/python -m pip install -q --no-deps -C cmake.define.KVFOLD_SANITIZE=ON -C build-dir=build/sanitize .
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-		UBSAN_OPTIONS=print_stacktrace=1 $(SANITIZE)/bin/python -m pytest tests/ops
+		UBSAN_OPTIONS=print_stacktrace=1 $(SANITIZE)/bin/python -m pytest tests/ops -k 'not naive and not gpu' $(SANITIZE_ARGS)
 
 # The plugin's tests, with vLLM in an environment of their own. vLLM's CPU wheel also names torchaudio and torchvision, which a model
 # of text never loads and for which there is no CPU build everywhere: everything else that it needs is installed first.

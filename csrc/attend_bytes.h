@@ -36,25 +36,15 @@ struct ByteTables {
 
   static int64_t bytes(int64_t codes) { return codes * 2 * kByteSize; }
 
-  // From float32 tables [codes][256]. Returns the expected error of a score, infinite where entries are
-  // not finite.
-  KV_VBMI float make(const float* tables, int64_t codes, uint8_t* to) {
+  // From float32 tables [codes][256], entries of each from `low` to `high`. Returns the expected error of a score.
+  KV_VBMI float make(const float* tables, const float* low, const float* high, int64_t codes, uint8_t* to) {
     planes = to;
     const int64_t bunches = (codes + kBunch - 1) / kBunch;
     std::vector<float> middle(codes), wanted(bunches, 0.0f);
     double center = 0;
     for (int64_t l = 0; l < codes; l++) {
-      const float* table = tables + l * kByteSize;
-      vf low = load(table), high = low;
-      for (int64_t c = lanes; c < kByteSize; c += lanes) {
-        const vf entry = load(table + c);
-        low = entry < low ? entry : low;
-        high = entry > high ? entry : high;
-      }
-      float least = low[0], most = high[0];
-      for (int i = 1; i < lanes; i++) least = std::min<float>(least, low[i]), most = std::max<float>(most, high[i]);
-      middle[l] = 0.5f * (least + most);
-      wanted[l / kBunch] += 0.5f * (most - least) * (1.0f / 32760);  // a sum of kBunch roundings more stays within 16 bits
+      middle[l] = 0.5f * (low[l] + high[l]);
+      wanted[l / kBunch] += 0.5f * (high[l] - low[l]) * (1.0f / 32760);  // a sum of kBunch roundings more stays within 16 bits
       center += middle[l];
     }
     base = static_cast<float>(center);
@@ -67,11 +57,9 @@ struct ByteTables {
       const double step = static_cast<double>(steps[b]) * unit;
       square += step * step / 12 * std::min(kBunch, codes - b * kBunch);
     }
-    const float error = static_cast<float>(std::sqrt(square));
-    if (!(error < std::numeric_limits<float>::infinity())) return std::numeric_limits<float>::infinity();
     for (int64_t l = 0; l < codes; l++)
       pack(tables + l * kByteSize, middle[l], 1 / (steps[l / kBunch] * unit), to + l * 2 * kByteSize);
-    return error;
+    return static_cast<float>(std::sqrt(square));
   }
 
   // Scores of kByteBlock keys whose codes were transposed by `turn_codes`.
@@ -98,8 +86,8 @@ struct ByteTables {
         }
         const __m512i even = _mm512_set1_epi32(static_cast<uint16_t>(steps[b])), odd = _mm512_slli_epi32(even, 16);
         for (int i = 0; i < 4; i++) {
-          sums[2 * i] = _mm512_dpwssd_epi32(sums[2 * i], entries[i], even);
-          sums[2 * i + 1] = _mm512_dpwssd_epi32(sums[2 * i + 1], entries[i], odd);
+          add_products(sums[2 * i], entries[i], even);
+          add_products(sums[2 * i + 1], entries[i], odd);
         }
       }
       for (int i = 0; i < 8; i++) store(scores + 16 * i, (vf)_mm512_cvtepi32_ps(sums[i]) * unit + base);
@@ -193,7 +181,7 @@ inline bool has_byte_tables() { return false; }
 struct ByteTables {
   const uint8_t* planes = nullptr;
   static int64_t bytes(int64_t) { return 0; }
-  float make(const float*, int64_t, uint8_t*) { return 0; }
+  float make(const float*, const float*, const float*, int64_t, uint8_t*) { return 0; }
   void look_up(const uint8_t*, int64_t, int64_t, float*) const {}
 };
 

@@ -45,7 +45,7 @@ class CenterScores {
     }
   }
 
-  // scores[t][r] = scores[t][r] * scales[t][r] + q_r . rotated center of key first + t; scales become 1.
+  // scores[t][r] = scores[t][r] * scales[t] + q_r . rotated center of key first + t; scales become 1.
   void add(int64_t first, int64_t count, float* scores, float* scales) const {
     for (int64_t t = 0, some; t < count; t += some) {
       const int32_t* at = positions_ + first + t;
@@ -53,9 +53,9 @@ class CenterScores {
       while (some < kRun && t + some < count && at[some] == at[0] + some) some++;
       float found[kRun * kWidth];
       run(at[0], some, found);
-      for (int64_t i = 0; i < some * kWidth; i++) {
-        scores[t * kWidth + i] = scores[t * kWidth + i] * scales[t * kWidth + i] + found[i];
-        scales[t * kWidth + i] = 1;
+      for (int64_t i = t; i < t + some; i++) {
+        for (int64_t r = 0; r < kWidth; r++) scores[i * kWidth + r] = scores[i * kWidth + r] * scales[i] + found[(i - t) * kWidth + r];
+        scales[i] = 1;
       }
     }
   }

@@ -75,11 +75,17 @@ inline void read_scales(const Side& side, int64_t b, int64_t g, int64_t first, i
   const int64_t stride = side.scale_token_stride;
   const auto read = [&](const auto* from, int up) {
     int64_t t = 0;
-    for (; t + lanes <= count; t += lanes) {
-      uint16_t halves[lanes];
-      for (int i = 0; i < lanes; i++) halves[i] = static_cast<uint16_t>(from[(t + i) * stride] << up);
-      store(to + t, load_halves(halves));
-    }
+    const auto vectors = [&](int64_t apart) {
+      for (; t + lanes <= count; t += lanes) {
+        uint16_t halves[lanes];
+        for (int i = 0; i < lanes; i++) halves[i] = static_cast<uint16_t>(from[(t + i) * apart] << up);
+        store(to + t, load_halves(halves));
+      }
+    };
+    if (stride == 1)
+      vectors(1);
+    else
+      vectors(stride);
     for (; t < count; t++) to[t] = half_to_float(static_cast<uint16_t>(from[t * stride] << up));
   };
   if (side.short_scale)
@@ -92,9 +98,15 @@ inline void read_scales(const Side& side, int64_t b, int64_t g, int64_t first, i
 inline float largest_scale(const Side& side, int64_t b, int64_t g, int64_t tokens) {
   const int64_t at = b * side.scale_batch_stride + g * side.scale_head_stride, stride = side.scale_token_stride;
   const auto largest = [&](const auto* from, int up) {
-    unsigned most = 0;  // the bits of positive halves are in their order
-    for (int64_t t = 0; t < tokens; t++) most = std::max(most, unsigned{from[t * stride]} << up & 0x7fffu);
-    return half_to_float(static_cast<uint16_t>(most));
+    uint16_t most = 0;  // the bits of positive halves are in their order
+    const auto all = [&](int64_t apart) {
+      for (int64_t t = 0; t < tokens; t++) most = std::max<uint16_t>(most, from[t * apart] << up & 0x7fff);
+    };
+    if (stride == 1)
+      all(1);
+    else
+      all(stride);
+    return half_to_float(most);
   };
   return side.short_scale ? largest(static_cast<const uint8_t*>(side.scale) + at, 7)
                           : largest(static_cast<const uint16_t*>(side.scale) + at, 0);
@@ -137,10 +149,12 @@ inline bool join(const std::vector<Part>& parts, const std::vector<const float*>
       const float* from = parts[i].sums + r * dim;
       for (int64_t d = 0; d < dim; d++) to[d] += weight * from[d];
     }
-    double square = 0;
-    for (int64_t d = 0; d < dim; d++) square += static_cast<double>(to[d]) * to[d];
-    // What is there has norm n, what should be there at least n - lost.
-    if (lost > 0 && lost > skip * (std::sqrt(square) - lost)) return false;
+    if (lost > 0) {
+      double square = 0;
+      for (int64_t d = 0; d < dim; d++) square += static_cast<double>(to[d]) * to[d];
+      // What is there has norm n, what should be there at least n - lost.
+      if (lost > skip * (std::sqrt(square) - lost)) return false;
+    }
     const float share = static_cast<float>(1 / total);
     for (int64_t d = 0; d < dim; d++) to[d] *= share;
     lse[r] = top + static_cast<float>(std::log(total));

@@ -147,13 +147,17 @@ class RotatedScores {
   template <int kWidth>
   void scores(int64_t first, int64_t count, float* to, Ahead next) {
     const Books& books = *call_.key.books;
+    const int64_t stride = call_.key.token_stride;
+    Ahead own(code_row(call_.key, b_, g_, first), stride, count, (count + kRotationTile - 1) / kRotationTile);
+    own.ask();
     for (int64_t t = 0; t < count; t += kRotationTile) {
       const int64_t size = std::min(kRotationTile, count - t);
       next.ask();
+      own.ask();  // a tile ahead
       turn(first + t, size);
       const uint8_t* row = code_row(call_.key, b_, g_, first + t);
       if (codes_.empty()) {
-        find(row, call_.key.token_stride, size, near_.data());
+        find(row, stride, size, near_.data());
         pick<kWidth>(near_.data(), size, to + t * kWidth);
       } else {
         unpack(call_.key, row, size, codes_.data());
@@ -169,8 +173,23 @@ class RotatedScores {
   template <class Code, class Place>
   void find(const Code* codes, int64_t stride, int64_t count, Place* to) const {
     const int64_t of = call_.key.books->codes();
-    for (int64_t t = 0; t < count; t++)
-      for (int64_t l = 0; l < of; l++) to[t * of + l] = static_cast<Place>(codes[t * stride + l] * 64);
+    for (int64_t t = 0; t < count; t++, codes += stride, to += of) {
+      int64_t l = 0;
+      for (; l + 32 <= of; l += 32) find_some(codes + l, to + l);
+      for (; l < of; l++) to[l] = static_cast<Place>(static_cast<Place>(codes[l]) << 6);
+    }
+  }
+
+  static void find_some(const uint8_t* codes, uint16_t* to) {
+    const __m512i wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+    _mm512_storeu_si512(to, _mm512_slli_epi16(wide, 6));
+  }
+
+  static void find_some(const uint16_t* codes, uint32_t* to) {
+    for (int64_t i = 0; i < 32; i += 16) {
+      const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i)));
+      _mm512_storeu_si512(to + i, _mm512_slli_epi32(wide, 6));
+    }
   }
 
   // Integers of group p of a token, scale 1. With kStages known, the tables of a group's stages lie one behind the other.
@@ -191,11 +210,12 @@ class RotatedScores {
     const int64_t dim = call_.key.dim;
     const Books& books = *call_.key.books;
     const int32_t* at = call_.positions + b_ * call_.positions_stride + first;
-    const int32_t low = *std::min_element(at, at + count);
+    int32_t low = at[0];
+    for (int64_t t = 1; t < count; t++) low = std::min(low, at[t]);
     for (int64_t t = 0; t < count; t++) offset_[t] = static_cast<uint8_t>(at[t] - low);
     if (known_ && low == at_) return;
     // From one tile to the next by the table's turn of 64 positions, now and then afresh, so that rounding does not add up.
-    const bool onward = known_ && low == at_ + kRotationTile && ++onwards_ % 16;
+    const bool onward = known_ && low == at_ + kRotationTile && ++onwards_ % 64;
     const float *sines = plan_.table->sine.data(), *cosines = plan_.table->cosine.data();
     if (!onward) {
       for (int64_t p = 0; p < books.groups; p++)

@@ -55,9 +55,7 @@ struct Rows {
     }
   }
 
-  // tables [codes][C][kWidth], or kByRow, for 256 codewords, [kWidth][codes][C], from `query [kWidth][dim]`, channels in coded
-  // order.
-  template <bool kByRow = false>
+  // tables [codes][C][kWidth] from `query [kWidth][dim]`, channels in coded order.
   static void make_tables(const Books& books, const int32_t* book, const float* query, float* tables) {
     const int64_t dim = books.dim, padded = books.padded_size(), head_dim = books.head_dim();
     for (int64_t l = 0; l < books.codes(); l++) {
@@ -78,10 +76,7 @@ struct Rows {
         }
         for (int w = 0; w < kBunch; w++) {
           const int64_t c = first + w * lanes;
-          if constexpr (kByRow)
-            for (int r = 0; r < kWidth; r++) store(tables + (r * books.codes() + l) * books.size + c, acc[w][r]);
-          else
-            put_table(acc[w], books.size - c, tables + (l * books.size + c) * kWidth);
+          put_table(acc[w], books.size - c, tables + (l * books.size + c) * kWidth);
         }
       }
     }

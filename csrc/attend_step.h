@@ -11,100 +11,19 @@
 
 #include <optional>
 
-#include "attend_bytes.h"
 #include "attend_center.h"
 #include "attend_rotated.h"
 #include "attend_rows.h"
+#include "attend_tables.h"
 #include "attend_tiles.h"
 
 namespace kvfold {
 
-constexpr int64_t kStepBlock = 1024;  // keys whose scores are held at a time
+constexpr int64_t kStepBlock = 4096;   // keys whose scores are held at a time: masses come from the second-level cache once a block
 constexpr int64_t kStepChunk = 16384;  // keys of a piece of work at most
 constexpr int64_t kStepLeast = 1024;   // and at least, if there are so many
-constexpr float kByteError = 4e-4f;     // of a score from tables of 16-bit integers, expected; about that of an output
 constexpr float kRescale = 20;         // a maximum that rises by less needs no rescaling in float32
 constexpr float kSkipShare = 0.1f;     // of the norm of the sum of all weights times the longest value, assumed of an output
-
-// Tables of the keys' codes, for every item of batch, KV head and set of rows: integers looked up in registers where the CPU can
-// and they are exact enough, else float32.
-template <int kWidth>
-class KeyTables {
- public:
-  KeyTables(const AttendCall& call, int64_t sets)
-      : call_(call),
-        books_(*call.key.books),
-        sets_(sets),
-        size_(books_.codes() * books_.size * kWidth),
-        bytes_(call.key.bits == 8 && books_.size == 256),
-        registers_(bytes_ && has_byte_tables()),
-        tables_(call.batch * call.kv_heads * sets * size_),
-        by_row_(registers_ ? call.batch * call.kv_heads * sets * kWidth : 0) {}
-
-  void make(int64_t item) {
-    const int64_t all = call_.shared * call_.queries, dim = call_.key.dim, pair = item / sets_, first = item % sets_ * kWidth;
-    const int64_t rows = std::min<int64_t>(kWidth, all - first), b = pair / call_.kv_heads, g = pair % call_.kv_heads;
-    std::vector<float> query(kWidth * dim);
-    for (int64_t r = 0; r < rows; r++)
-      for (int64_t i = 0; i < dim; i++)
-        query[r * dim + i] = call_.query[(pair * all + first + r) * dim + books_.channels[i]] * call_.softmax_scale;
-    const int32_t* book = books_.book.data() + g * books_.codes();
-    float* own = tables_.data() + item * size_;
-    if (registers_) {
-      Aligned<float> exact(size_);
-      Rows<kWidth>::template make_tables<true>(books_, book, query.data(), exact.data());
-      float error = 0;
-      for (int64_t r = 0; r < rows; r++) {
-        ByteTables& tables = by_row_[item * kWidth + r];
-        uint8_t* planes = reinterpret_cast<uint8_t*>(own) + r * ByteTables::bytes(books_.codes());
-        error = std::max(error, tables.make(&exact[r * books_.codes() * books_.size], books_.codes(), planes));
-      }
-      if (error * largest_scale(call_.key, b, g, call_.tokens) <= kByteError) return;
-      by_row_[item * kWidth].planes = nullptr;
-    }
-    Rows<kWidth>::make_tables(books_, book, query.data(), own);
-  }
-
-  // Scores (without the keys' scales) of `count` keys whose codes start at `row`, [count][kWidth].
-  void look_up(int64_t item, int64_t rows, const uint8_t* row, int64_t count, float* scores, Ahead next) const {
-    const int64_t codes = books_.codes(), stride = call_.key.token_stride;
-    const float* own = tables_.data() + item * size_;
-    if (registers_ && by_row_[item * kWidth].planes) {
-      Aligned<uint8_t> turned(kByteBlock * codes);
-      Aligned<float> found(kWidth * kByteBlock, 0.0f);
-      for (int64_t t = 0; t < count; t += kByteBlock) {
-        const int64_t some = std::min(kByteBlock, count - t);
-        turn_codes(row + t * stride, stride, some, codes, turned.data());
-        for (int64_t r = 0; r < rows; r++) {
-          next.ask();
-          by_row_[item * kWidth + r].look_up(turned.data(), codes, some, &found[r * kByteBlock]);
-        }
-        for (int64_t i = 0; i < some; i += lanes) {
-          vf scores_of[kWidth];
-          for (int r = 0; r < kWidth; r++) scores_of[r] = load(&found[r * kByteBlock + i]);
-          Rows<kWidth>::interleave(scores_of, scores + (t + i) * kWidth);
-        }
-      }
-      return;
-    }
-    next.ask();
-    if (bytes_) {
-      Rows<kWidth>::template look_up<256>(row, stride, count, codes, books_.size, own, scores);
-    } else {
-      std::vector<uint16_t> unpacked(count * codes);
-      unpack(call_.key, row, count, unpacked.data());
-      Rows<kWidth>::template look_up<0>(unpacked.data(), codes, count, codes, books_.size, own, scores);
-    }
-  }
-
- private:
-  const AttendCall& call_;
-  const Books& books_;
-  int64_t sets_, size_;
-  bool bytes_, registers_;  // codes are whole bytes; and their tables are looked up in registers
-  Aligned<float> tables_;
-  std::vector<ByteTables> by_row_;
-};
 
 template <int kWidth>
 struct Step : Rows<kWidth> {
@@ -112,13 +31,15 @@ struct Step : Rows<kWidth> {
   using typename Base::Wide;
   using Base::get, Base::mix, Base::put;
 
-  // Each number kWidth times; both have room for a multiple of 16.
-  static void spread(const float* numbers, int64_t count, float* wide) {
-    for (int64_t t = 0; t < count; t += lanes) {
-      vf same[kWidth];
-      for (vf& row : same) row = load(numbers + t);
-      Base::interleave(same, wide + t * kWidth);
-    }
+  // A number a key, kWidth times each.
+  static void spread(vf numbers, vf (&wide)[kWidth]) {
+    wide[0] = numbers;
+    for (int have = 1; have < kWidth; have *= 2)
+      for (int i = have; i-- > 0;) {
+        const vf some = wide[i];
+        wide[2 * i] = zip<0>(some, some);
+        wide[2 * i + 1] = zip<1>(some, some);
+      }
   }
 
   static void hide(const AttendCall& call, int64_t b, int64_t first_row, int64_t rows, int64_t first, int64_t count,
@@ -145,46 +66,57 @@ struct Step : Rows<kWidth> {
   static float add(float a, float b) { return a + b; }
   static float most(float a, float b) { return a > b ? a : b; }
 
-  // Scores times the keys' scales, capped; returns each row's largest. The buffers have room for whole lane vectors.
-  static Wide scale_scores(float* scores, const float* scales, int64_t count, float softcap) {
-    for (int64_t i = count; i % 16; i++) scores[i] = kMinusInfinity;
+  // Scores of `count` keys times the keys' scales, capped; returns each row's largest. The buffers have room for whole lane vectors.
+  static Wide scale_scores(float* scores, float* scales, int64_t count, float softcap) {
+    for (int64_t t = count; t % lanes; t++) {
+      scales[t] = 0;
+      for (int64_t r = 0; r < kWidth; r++) scores[t * kWidth + r] = kMinusInfinity;
+    }
     vf best[kTurns];
     for (vf& b : best) b = splat(kMinusInfinity);
-    for (int64_t i = 0; i < count; i += kTurns * lanes)
-      for (int k = 0; k < kTurns; k++) {
-        const int64_t at = i + k * lanes;
-        vf score = load(scores + at);
+    for (int64_t t = 0; t < count; t += lanes) {
+      vf wide[kWidth];
+      spread(load(scales + t), wide);
+      for (int k = 0; k < kWidth; k++) {
+        float* at = scores + t * kWidth + k * lanes;
+        vf score = load(at);
         const vi hidden = score == kMinusInfinity;  // a scale may be 0
-        score *= load(scales + at);
+        score *= wide[k];
         if (softcap != 0) score = capped(score, softcap);
         score = hidden ? splat(kMinusInfinity) : score;
-        store(scores + at, score);
-        best[k] = larger(best[k], score);
+        store(at, score);
+        best[k % kTurns] = larger(best[k % kTurns], score);
       }
+    }
     return fold(best, most);
   }
 
   static float fewest(float a, float b) { return a < b ? a : b; }
 
-  // exp(score - reference) times the values' scales in place of scores; their sums by row, without and with the scales, and the
-  // least of them.
-  static void weigh(float* scores, const float* scales, int64_t count, Wide reference, Wide& sum_of, Wide& mass, Wide& least) {
+  // exp(score - reference) times the values' scales in place of scores of `count` keys; their sums by row, without and with the
+  // scales, and the least of them. What follows the last key up to a whole lane vector was hidden by `scale_scores`.
+  static void weigh(float* scores, float* scales, int64_t count, Wide reference, Wide& sum_of, Wide& mass, Wide& least) {
+    for (int64_t t = count; t % lanes; t++) scales[t] = 0;
     vf subtract[kTurns], sums[kTurns], masses[kTurns], lowest[kTurns];
     for (int k = 0; k < kTurns; k++) {
       for (int i = 0; i < lanes; i++) subtract[k][i] = reference[(k * lanes + i) % kWidth];
       sums[k] = masses[k] = vf{};
       lowest[k] = splat(std::numeric_limits<float>::infinity());
     }
-    for (int64_t i = 0; i < count; i += kTurns * lanes)
-      for (int k = 0; k < kTurns; k++) {
-        const int64_t at = i + k * lanes;
-        const vf weight = exp_of(load(scores + at) - subtract[k]);
-        const vf scaled = weight * load(scales + at);
+    for (int64_t t = 0; t < count; t += lanes) {
+      vf wide[kWidth];
+      spread(load(scales + t), wide);
+      for (int i = 0; i < kWidth; i++) {
+        float* at = scores + t * kWidth + i * lanes;
+        const int k = i % kTurns;
+        const vf weight = exp_of(load(at) - subtract[k]);
+        const vf scaled = weight * wide[i];
         sums[k] += weight;
         masses[k] += scaled;
         lowest[k] = scaled < lowest[k] ? scaled : lowest[k];
-        store(scores + at, scaled);
+        store(at, scaled);
       }
+    }
     sum_of = fold(sums, add);
     mass = fold(masses, add);
     least = fold(lowest, fewest);
@@ -224,10 +156,9 @@ struct Step : Rows<kWidth> {
     const CenterTable center_table(call);
 
     std::optional<KeyTables<kWidth>> tables;
-    if (!rotated) {
-      tables.emplace(call, sets);
-      parallel_for(call.threads, pairs * sets, [&](int64_t item) { tables->make(item); });
-    }
+    if (!rotated) tables.emplace(call, sets);
+    const bool made_ahead = tables && chunks > 1;  // else there is one piece of work that needs them
+    if (made_ahead) parallel_for(call.threads, pairs * sets, [&](int64_t item) { tables->make(item); });
 
     const int64_t items = pairs * sets * chunks;
     std::vector<float> sums(items * kWidth * value_dim), top(items * kWidth, kMinusInfinity), total(items * kWidth, 0.0f),
@@ -238,14 +169,15 @@ struct Step : Rows<kWidth> {
       const int64_t first_row = set * kWidth, rows = std::min<int64_t>(kWidth, all - first_row);
       const int64_t begin = chunk * chunk_size, end = std::min(begin + chunk_size, call.tokens);
       const bool value_bytes = call.value.bits == 8 && values.size == 256;
-      Aligned<float> scores(kStepBlock * kWidth), mass(values.codes() * values.size * kWidth, 0.0f);
-      Aligned<float> wide(kStepBlock * kWidth, 0.0f), weights(kStepBlock * kWidth);
-      std::vector<float> scales(kStepBlock);
-      std::vector<int32_t> kept(kStepBlock);
-      std::vector<uint16_t> codes(value_bytes ? 0 : values.codes() * kStepBlock);
+      const int64_t block = std::min(kStepBlock, (end - begin + 15) / 16 * 16);  // whole lane vectors
+      Aligned<float> scores(block * kWidth), weights(block * kWidth), scales(block);
+      Aligned<float> mass(values.codes() * values.size * kWidth, 0.0f);
+      Aligned<int32_t> kept(block);
+      Aligned<uint16_t> codes(value_bytes ? 0 : values.codes() * block);
       RotatedScores rotation(plan, call, b, g, first_row, rows);
       std::optional<CenterScores<kWidth>> center;
       if (call.center) center.emplace(center_table, call, b, g, first_row, rows);
+      if (tables && !made_ahead) tables->make(pair * sets + set);
       Wide reference = Wide{} + std::numeric_limits<float>::infinity(), sum_of = Wide{}, lost = Wide{};
       float mass_of_all = 0;  // of weights times the values' scales, the row with the least
       bool seen = false;
@@ -262,10 +194,9 @@ struct Step : Rows<kWidth> {
           const Ahead next = codes_ahead(call.value, first, count / kByteBlock * rows);
           tables->look_up(pair * sets + set, rows, code_row(call.key, b, g, first), count, scores.data(), next);
         }
-        spread(scales.data(), count, wide.data());
-        if (center) center->add(first, count, scores.data(), wide.data());
+        if (center) center->add(first, count, scores.data(), scales.data());
         if (call.mask) hide(call, b, first_row, rows, first, count, scores.data());
-        const Wide best = scale_scores(scores.data(), wide.data(), count * kWidth, call.softcap);
+        const Wide best = scale_scores(scores.data(), scales.data(), count, call.softcap);
         for (int64_t r = 0; r < rows; r++) {
           if (best[r] == kMinusInfinity) continue;
           float& known = top[item * kWidth + r];
@@ -282,9 +213,8 @@ struct Step : Rows<kWidth> {
         }
         if (!seen) continue;
         read_scales(call.value, b, g, first, count, scales.data());
-        spread(scales.data(), count, wide.data());
         Wide block_sum, block_mass, block_least;
-        weigh(scores.data(), wide.data(), count * kWidth, reference, block_sum, block_mass, block_least);
+        weigh(scores.data(), scales.data(), count, reference, block_sum, block_mass, block_least);
         sum_of += block_sum;
         int64_t count_kept = count;
         const float* chosen = scores.data();

@@ -70,6 +70,32 @@ Books::Integers make_integers(const Books& books) {
   return made;
 }
 
+Books::Pairs make_pairs(const Books& books) {
+  const int64_t dim = books.dim, padded = books.padded_size();
+  Books::Pairs made;
+  made.pairs = (dim + 1) / 2;
+  made.values.assign(books.count * made.pairs * padded * 2, 0);
+  double longest = 0;
+  for (int64_t m = 0; m < books.count; m++) {
+    const float* table = books.table(m);
+    float largest = 0;
+    for (int64_t i = 0; i < books.size * dim; i++) largest = std::max(largest, std::fabs(table[i]));
+    const float step = largest > 0 ? largest / 32767 : 1.0f;
+    made.step.push_back(step);
+    for (int64_t c = 0; c < books.size; c++) {
+      double square = 0;
+      for (int64_t j = 0; j < dim; j++) {
+        const auto x = static_cast<int16_t>(std::lrint(table[c * dim + j] / step));
+        made.values[((m * made.pairs + j / 2) * padded + c) * 2 + j % 2] = x;
+        square += static_cast<double>(x) * x;
+      }
+      longest = std::max(longest, square);
+    }
+  }
+  made.longest = static_cast<float>(std::sqrt(longest));
+  return made;
+}
+
 Books::Tiles make_tiles(const Books& books) {
   const int64_t dim = books.dim, bunches = books.padded_size() / 16;
   Books::Tiles made;
@@ -139,6 +165,11 @@ const float* Books::columns(int64_t m) const {
 const Books::Integers& Books::integers() const {
   std::call_once(integers_made, [this] { integers_ = make_integers(*this); });
   return integers_;
+}
+
+const Books::Pairs& Books::pairs() const {
+  std::call_once(pairs_made, [this] { pairs_ = make_pairs(*this); });
+  return pairs_;
 }
 
 const Books::Tiles& Books::tiles() const {

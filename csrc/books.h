@@ -69,6 +69,16 @@ struct Books {
   };
   const Integers& integers() const;  // made at the first call; d is even
 
+  // For products of 16-bit integers: codebook m is `values * step[m]`, two entries of a codeword side by side, of all codewords in
+  // turn, [M][pairs of entries][padded C][2]; padding is 0.
+  struct Pairs {
+    Aligned<int16_t> values;
+    std::vector<float> step;  // [M]
+    float longest;            // no codeword is longer, in integers
+    int64_t pairs;
+  };
+  const Pairs& pairs() const;  // made at the first call
+
   // Codewords, negated, in bfloat16, in the tiles that matrix units multiply: [M][padded C / 16][parts of 32 entries][16 pairs of
   // entries][16 codewords][2].
   struct Tiles {
@@ -92,9 +102,10 @@ struct Books {
         int64_t groups, const int64_t* channels);
 
  private:
-  mutable std::once_flag columns_made, integers_made, tiles_made;
+  mutable std::once_flag columns_made, integers_made, pairs_made, tiles_made;
   mutable Aligned<float> columns_;
   mutable Integers integers_;
+  mutable Pairs pairs_;
   mutable Tiles tiles_;
 };
 

@@ -358,8 +358,11 @@ bool supports(const std::string& isa) {
                       __builtin_cpu_supports("avx512vnni");
   if (isa == "avx2") return avx2;
   if (isa == "avx512") return avx512;
-  const bool bytes = __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
-  if (isa == "amx") return avx512 && bytes && __builtin_cpu_supports("avx512bf16") && amx_usable();
+  if (isa == "amx") {
+    const bool bytes = __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
+    static const bool usable = amx_usable();  // asked once: a virtual machine traps the question, 15 microseconds
+    return avx512 && bytes && __builtin_cpu_supports("avx512bf16") && usable;
+  }
 #endif
   return isa == "portable";
 }

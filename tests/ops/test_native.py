@@ -59,7 +59,7 @@ def test_an_instruction_set_that_is_not_there_is_told(monkeypatch: pytest.Monkey
         ops.encode(torch.zeros(1, 1, 1, 1, 2), torch.zeros(1, 2, 2), torch.zeros(1, 1, 1, dtype=torch.int64), backend="cpu")
 
 
-@pytest.mark.parametrize("tokens", [256, 257, 1000, 2049, 17000])
+@pytest.mark.parametrize("tokens", [256, 257, 1000, 4099, 17000])
 @pytest.mark.parametrize("rope", ["post", "pre"])
 def test_a_decode_step_attends_as_the_naive_op(rope: str, tokens: int) -> None:
     query, key, value = torch.randn(1, 8, 1, 128), coded(1, 2, tokens, strided=True), coded(1, 2, tokens)
@@ -158,6 +158,14 @@ def test_a_center_of_another_shape_or_without_positions_is_refused() -> None:
         ops.attend(query, key._replace(center=torch.randn(2, 64)), value, None, None, 1.0, backend="cpu")
 
 
+def test_a_query_that_is_not_finite_harms_no_other() -> None:
+    query, key, value = torch.randn(1, 8, 1, 128), coded(1, 2, 300, strided=True), coded(1, 2, 300)
+    query[0, 1, 0, 5] = float("inf")
+    (out, _), (right, _) = both(query, key, value, None, None, 128**-0.5)
+    others = [0, 2, 3, 4, 5, 6, 7]
+    assert relative_error(out[:, others], right[:, others]) <= step_error("post")
+
+
 @pytest.mark.parametrize("softcap", [2.0, 50.0])
 def test_a_decode_step_caps_scores(softcap: float) -> None:
     query, key, value = 3 * torch.randn(1, 4, 1, 64), coded(1, 1, 400, 64), coded(1, 1, 400, 64)
@@ -183,7 +191,7 @@ def test_vectors_of_scale_zero_are_zero() -> None:
     assert torch.allclose(lse, right_lse, atol=1e-3)
 
 
-@pytest.mark.parametrize("length", [1e-3, 1.0, 4.0, 30.0, 1000.0])
+@pytest.mark.parametrize("length", [0.0, 1e-3, 1.0, 4.0, 30.0, 1000.0])
 @pytest.mark.parametrize("case", ["even", "a key stands out", "a stage stands out", "one scale is large"])
 def test_scores_of_any_range_are_within_the_bound(case: str, length: float) -> None:
     """Tables are rounded as finely as their range lets them be; where that is too coarse, float32 takes over."""
