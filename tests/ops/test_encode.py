@@ -49,6 +49,22 @@ def test_of_equal_codewords_the_first_is_taken(backend: str, beam: int, tokens: 
     assert int(encode_one(integers(tokens, 5), tables, beam, backend).max()) < 20
 
 
+@pytest.mark.parametrize("beam", [3, 4, 7, 8, 16])
+def test_candidates_may_be_many(backend: str, beam: int) -> None:
+    """Every codeword comes 64 times, so that far more are as good as the best than a beam holds."""
+    rows, tables = integers(9, 6), integers(3, 4, 6).repeat(1, 64, 1)
+    rows[0], tables[1] = 0, 1
+    assert torch.equal(encode_one(rows, tables, beam, backend), residual_codes(rows, tables, beam))
+
+
+@pytest.mark.parametrize("beam", [1, 4, 8, 13])
+@pytest.mark.parametrize(("length", "dim"), [(1e-3, 32), (1.0, 32), (1e3, 32), (1.0, 48), (1.0, 70)])
+def test_codes_are_those_of_the_naive_op_whatever_the_lengths(backend: str, length: float, dim: int, beam: int) -> None:
+    rows, tables = torch.randn(150, dim) * length, torch.randn(4, 256, dim) * torch.tensor([1, 0.5, 0.3, 0.1])[:, None, None]
+    tables[:, ::7] *= 5
+    assert torch.equal(encode_one(rows, tables, beam, backend), encode_one(rows, tables, beam, "naive"))
+
+
 def test_the_largest_codebook_is_searched_to_its_end(backend: str) -> None:
     table = torch.stack((torch.arange(65536) // 256, torch.arange(65536) % 256), 1).float()
     index = torch.tensor([0, 1, 255, 256, 32767, 32768, 65534, 65535])
@@ -105,6 +121,22 @@ def test_a_wider_beam_never_fits_the_training_set_worse(backend: str) -> None:
     errors = [error(beam) for beam in (1, 2, 4, 8, 16)]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.95 * errors[0]
+
+
+@pytest.mark.parametrize("scale_bits", [8, 16])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("groups", "dim"), [(1, 5), (2, 32), (3, 20)])
+def test_vectors_are_scaled_and_grouped_as_the_naive_op(
+    backend: str, groups: int, dim: int, weighted: bool, scale_bits: int
+) -> None:
+    x = (torch.randn(2, 3, 70, groups * dim) * torch.randn(70, 1).exp()).transpose(1, 2).contiguous().transpose(1, 2)
+    x[0, 0, 0], x[0, 0, 1], x[0, 0, 2], x[0, 0, 3] = 0, 3, 1e30, 1e-30
+    channels = torch.randperm(groups * dim).view(groups, dim)
+    weights = torch.randn(3, groups, dim, dim).half() if weighted else None
+    vectors, scale = ops.scaled_groups(x, channels, weights, scale_bits, backend)
+    right, right_scale = ops.scaled_groups(x, channels, weights, scale_bits, "naive")
+    assert torch.equal(scale, right_scale)
+    assert torch.allclose(vectors, right, rtol=1e-4 if weighted else 0, atol=float(right[0, 1].abs().max()) * 1e-5 * weighted)
 
 
 def test_errors_are_ordered_as_numbers_and_equal_ones_by_place() -> None:
