@@ -366,7 +366,7 @@ class AmxEncoder {
       const int64_t start = end;
       end = std::max<int64_t>(end, ends_[v]);
       const int64_t count = end - start;
-      if (stage.wider > 4 || count > 8) {
+      if (stage.wider > 4 || count > 16) {
         alignas(64) uint32_t best[kRanked] = {};
         if (count <= kRanked)
           in_ranks(&keys_[start], count, best);
@@ -375,8 +375,10 @@ class AmxEncoder {
         std::copy_n(best, room_, chosen + v * room_);
         continue;
       }
-      const __m512d keys = _mm512_mask_loadu_pd(none, static_cast<__mmask8>((1u << count) - 1), &keys_[start]);
-      const __m128i ids = _mm256_cvtepi64_epi32(_mm256_castpd_si256(lowest_4_of_8(keys)));
+      const __mmask16 there = lanes_left(count);
+      const __m512d keys = _mm512_mask_loadu_pd(none, static_cast<__mmask8>(there), &keys_[start]);
+      const __m512d more = _mm512_mask_loadu_pd(none, static_cast<__mmask8>(there >> 8), &keys_[start + 8]);
+      const __m128i ids = _mm256_cvtepi64_epi32(_mm256_castpd_si256(lowest_4_of_16(keys, more)));
       _mm_mask_storeu_epi32(chosen + v * room_, rows, ids);
     }
   }
