@@ -51,7 +51,7 @@ class AmxEncoder {
     sets_.resize(kRows * chunks_ * 64 + 64);
     candidates_.resize(kMany + kRows * padded_ + 64);
     keys_.resize(candidates_.size());
-    ends_.resize(most + 1);
+    ends_.resize(most);
     steps_.assign(books.stages * most_rows_, 0);
   }
 
@@ -321,11 +321,12 @@ class AmxEncoder {
     return found;
   }
 
-  // keys_[i]: the candidate's half error and, below it, what it is: as numbers they order as (error, row, codeword). ends_[v + 1]:
-  // where those of vector v end.
+  // keys_[i]: the candidate's half error and, below it, what it is: as numbers they order as (error, row, codeword). ends_[v]:
+  // where those of vector v end; 0 if there is none, as for one with NaN.
   void rescore(const Stage& stage, const Side& from, int64_t count) {
     const int shift = 16 + __builtin_ctz(static_cast<unsigned>(stage.room));
-    for (int64_t i = 0; i < count; i++) ends_[(candidates_[i] >> shift) + 1] = static_cast<int32_t>(i + 1);
+    std::fill(ends_.begin(), ends_.end(), 0);
+    for (int64_t i = 0; i < count; i++) ends_[candidates_[i] >> shift] = static_cast<int32_t>(i + 1);
     _mm512_storeu_si512(&candidates_[count], _mm512_setzero_si512());
     const float* half_norms = books_.half_norms.data() + stage.m * padded_;
     for (int64_t i = 0; i < count; i += 16) {
@@ -360,10 +361,12 @@ class AmxEncoder {
   void choose(const Stage& stage, int64_t first, int64_t last, uint32_t* chosen) {
     const __m512d none = _mm512_castsi512_pd(_mm512_set1_epi64(kNone));
     const __mmask8 rows = static_cast<__mmask8>(lanes_left(room_));
-    ends_[first] = 0;
+    int64_t end = 0;
     for (int64_t v = first; v < last; v++) {
-      const int64_t start = ends_[v], count = ends_[v + 1] - start;
-      if (stage.wider > 4 || count > 8) {
+      const int64_t start = end;
+      end = std::max<int64_t>(end, ends_[v]);
+      const int64_t count = end - start;
+      if (stage.wider > 4 || count > 16) {
         alignas(64) uint32_t best[kRanked] = {};
         if (count <= kRanked)
           in_ranks(&keys_[start], count, best);
@@ -372,8 +375,10 @@ class AmxEncoder {
         std::copy_n(best, room_, chosen + v * room_);
         continue;
       }
-      const __m512d keys = _mm512_mask_loadu_pd(none, static_cast<__mmask8>((1u << count) - 1), &keys_[start]);
-      const __m128i ids = _mm256_cvtepi64_epi32(_mm256_castpd_si256(lowest_4_of_8(keys)));
+      const __mmask16 there = lanes_left(count);
+      const __m512d keys = _mm512_mask_loadu_pd(none, static_cast<__mmask8>(there), &keys_[start]);
+      const __m512d more = _mm512_mask_loadu_pd(none, static_cast<__mmask8>(there >> 8), &keys_[start + 8]);
+      const __m128i ids = _mm256_cvtepi64_epi32(_mm256_castpd_si256(lowest_4_of_16(keys, more)));
       _mm_mask_storeu_epi32(chosen + v * room_, rows, ids);
     }
   }
@@ -433,7 +438,7 @@ class AmxEncoder {
   Aligned<float> lowest_;                        // [chunks_ * 4][16][16]
   Aligned<uint32_t> sets_, candidates_;
   Aligned<uint64_t> keys_;
-  std::vector<int32_t> ends_;  // [vectors + 1]
+  std::vector<int32_t> ends_;  // [vectors]
   Aligned<uint32_t> steps_;    // [stages][rows]: parent's row << 16 | code
   alignas(64) float bounds_[kRows];
 };

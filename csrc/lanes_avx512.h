@@ -110,16 +110,25 @@ inline __m512d exchange(__m512d x) {
   return _mm512_mask_max_pd(_mm512_min_pd(x, other), kBlend, x, other);
 }
 
-// The four lowest of eight numbers, ascending: both halves sorted, one upwards and one downwards, and merged.
-inline __m256d lowest_4_of_8(__m512d x) {
-  x = exchange<0xb1, 0x66>(x);  // pairs (0, 1): up, down | down, up
-  x = exchange<0x4e, 0x3c>(x);
+// Of four numbers that rise and fall, or fall and rise: ascending.
+inline __m256d ascending(__m256d x) {
+  __m256d other = _mm256_permute4x64_pd(x, 0x4e);
+  x = _mm256_blend_pd(_mm256_min_pd(x, other), _mm256_max_pd(x, other), 0xc);
+  other = _mm256_permute4x64_pd(x, 0xb1);
+  return _mm256_blend_pd(_mm256_min_pd(x, other), _mm256_max_pd(x, other), 0xa);
+}
+
+// The four lowest of sixteen numbers, ascending: four halves sorted, upwards and downwards, and merged.
+inline __m256d lowest_4_of_16(__m512d x, __m512d y) {
+  x = exchange<0xb1, 0x66>(x);  // pairs up, down | down, up
+  y = exchange<0xb1, 0x66>(y);
+  x = exchange<0x4e, 0x3c>(x);  // fours up | down
+  y = exchange<0x4e, 0x3c>(y);
   x = exchange<0xb1, 0x5a>(x);
-  __m256d low = _mm256_min_pd(_mm512_castpd512_pd256(x), _mm512_extractf64x4_pd(x, 1));
-  __m256d other = _mm256_permute4x64_pd(low, 0x4e);
-  low = _mm256_blend_pd(_mm256_min_pd(low, other), _mm256_max_pd(low, other), 0xc);
-  other = _mm256_permute4x64_pd(low, 0xb1);
-  return _mm256_blend_pd(_mm256_min_pd(low, other), _mm256_max_pd(low, other), 0xa);
+  y = exchange<0xb1, 0x5a>(y);
+  const __m256d low = ascending(_mm256_min_pd(_mm512_castpd512_pd256(x), _mm512_extractf64x4_pd(x, 1)));
+  const __m256d other = ascending(_mm256_min_pd(_mm512_castpd512_pd256(y), _mm512_extractf64x4_pd(y, 1)));
+  return ascending(_mm256_min_pd(low, _mm256_permute4x64_pd(other, 0x1b)));
 }
 
 // 64-bit numbers of their lower and upper halves.

@@ -49,6 +49,22 @@ def test_of_equal_codewords_the_first_is_taken(backend: str, beam: int, tokens: 
     assert int(encode_one(integers(tokens, 5), tables, beam, backend).max()) < 20
 
 
+@pytest.mark.parametrize("beam", [3, 4, 7, 8, 16])
+def test_candidates_may_be_many(backend: str, beam: int) -> None:
+    """Every codeword comes 64 times, so that far more are as good as the best than a beam holds."""
+    rows, tables = integers(9, 6), integers(3, 4, 6).repeat(1, 64, 1)
+    rows[0], tables[1] = 0, 1
+    assert torch.equal(encode_one(rows, tables, beam, backend), residual_codes(rows, tables, beam))
+
+
+@pytest.mark.parametrize("beam", [1, 4, 8, 13])
+@pytest.mark.parametrize(("length", "dim"), [(1e-3, 32), (1.0, 32), (1e3, 32), (1.0, 48), (1.0, 70)])
+def test_codes_are_those_of_the_naive_op_whatever_the_lengths(backend: str, length: float, dim: int, beam: int) -> None:
+    rows, tables = torch.randn(150, dim) * length, torch.randn(4, 256, dim) * torch.tensor([1, 0.5, 0.3, 0.1])[:, None, None]
+    tables[:, ::7] *= 5
+    assert torch.equal(encode_one(rows, tables, beam, backend), encode_one(rows, tables, beam, "naive"))
+
+
 def test_the_largest_codebook_is_searched_to_its_end(backend: str) -> None:
     table = torch.stack((torch.arange(65536) // 256, torch.arange(65536) % 256), 1).float()
     index = torch.tensor([0, 1, 255, 256, 32767, 32768, 65534, 65535])

@@ -250,6 +250,18 @@ def test_a_prompt_attends_as_the_naive_op(dim: int, rope: str, softcap: float | 
         assert float((got[1] - right[1])[seen].abs().max()) <= bound
 
 
+@pytest.mark.parametrize("beam", [1, 4, 8])
+def test_vectors_that_are_not_finite_spoil_no_others(beam: int) -> None:
+    key = coded(1, 2, 1, 64, strided=True)
+    vectors = torch.randn(1, 2, 90, 2, 32)
+    right = ops.encode(vectors, key.codebooks, key.book, beam, "cpu")
+    vectors[0, 0, 3:7], vectors[0, 1, 89, 1, 5] = torch.nan, torch.inf
+    codes = ops.encode(vectors, key.codebooks, key.book, beam, "cpu")
+    assert 0 <= int(codes.min()) <= int(codes.max()) < 256
+    finite = vectors.isfinite().all(-1)[:, :, :, None].expand_as(codes)
+    assert torch.equal(codes[finite], right[finite])
+
+
 def test_codebooks_are_made_ready_once_for_all_ops() -> None:
     key, value = coded(1, 2, 300, 64, strided=True), coded(1, 2, 300, 64)
     ops.encode(torch.randn(1, 2, 3, 2, 32), key.codebooks, key.book, 1, "cpu")
@@ -341,6 +353,9 @@ def test_fake_tensors_see_the_shapes() -> None:
         codes = ops.encode(vectors, key.codebooks, key.book, 1, "cpu")
         assert (codes.shape, codes.dtype) == ((2, 2, 7, 8, 2), torch.int32)
         assert ops.decode(codes, key.codebooks, key.book, "cpu").shape == vectors.shape
+        books = fake(key.codebooks), fake(key.book), fake(key.channels)
+        packed, scale = ops.code(fake(torch.randn(2, 2, 7, 64)), *books, None, key.bits, 1, 8, "cpu")
+        assert (packed.shape[:3], scale.shape, scale.dtype) == ((2, 2, 7), (2, 2, 7, 1), torch.uint8)
         dense = fake(torch.randn(2, 2, 9, 64))
         assert ops.attend_exact(fake(torch.randn(2, 4, 5, 64)), dense, dense, None, 1.0, backend="cpu")[0].shape == (
             2,

@@ -63,3 +63,19 @@ def test_shapes_that_do_not_fit_are_refused_before_anything_is_read(wrong: dict[
     query = wrong.get("query", torch.randn(1, 4, 1, 64))
     with pytest.raises(ValueError, match=r"shape|not there|permutation|multiple|codes of|inv_freq|mask"):
         ops.attend(query, key, value, turned, wrong.get("mask"), 1.0, backend="cpu")
+
+
+@pytest.mark.parametrize(
+    ("channels", "weights"),
+    [
+        (torch.arange(6).view(2, 3), None),
+        (torch.arange(1, 9).view(2, 4), None),
+        (torch.arange(-1, 7).view(2, 4), None),
+        (torch.arange(8).view(2, 4), torch.zeros(3, 2, 4, 3)),
+        (torch.arange(8).view(2, 4), torch.zeros(2, 2, 4, 4)),
+    ],
+    ids=str,
+)
+def test_encoding_refuses_channels_and_weights_that_do_not_fit(channels: torch.Tensor, weights: torch.Tensor | None) -> None:
+    with pytest.raises((ValueError, TypeError)):
+        ops.code(torch.zeros(1, 3, 5, 8), torch.zeros(1, 16, 4), torch.zeros(2, 3, 2).long(), channels, weights, 4, backend="cpu")
