@@ -1,14 +1,12 @@
 // From vectors to what is stored of them: scale, groups, weights of the search, the search itself, and packing. The definition is
-// ops/encode/naive.py, `code`. A vector's result depends on no other vector, so it is the same in a prompt, in a step, and in
+// ops/encode/code.py. A vector's result depends on no other vector, so it is the same in a prompt, in a step, and in
 // any batch.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <vector>
 
-#include "kernels.h"
-#include "lanes.h"
-#include "pool.h"
+#include "attend_parts.h"
 
 namespace kvfold {
 namespace {
@@ -23,12 +21,6 @@ uint16_t to_half(float x) {
   uint16_t bits;
   std::memcpy(&bits, &half, sizeof bits);
   return bits;
-}
-
-float from_half(uint16_t bits) {
-  _Float16 half;
-  std::memcpy(&half, &bits, sizeof half);
-  return static_cast<float>(half);
 }
 
 // Bits of the scale as stored, a half's; of a short one, all but the upper eight below the sign are zero.
@@ -99,7 +91,7 @@ void code(const CodeCall& call) {
       static_cast<uint8_t*>(call.scale)[at] = static_cast<uint8_t>(scale >> 7);
     else
       static_cast<uint16_t*>(call.scale)[at] = scale;
-    prepare(call, row % books.heads, x, from_half(scale), vectors.data() + at * call.dim);
+    prepare(call, row % books.heads, x, half_to_float(scale), vectors.data() + at * call.dim);
   });
   encode({vectors.data(), codes.data(), call.batch, call.tokens, call.beam, call.books, call.threads});
   each_token([&](int64_t, int64_t at) { pack(codes.data() + at * count, count, call.bits, call.packed + at * bytes); });

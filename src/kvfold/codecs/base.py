@@ -75,7 +75,7 @@ class Codec(ABC):
             raise InputError(f"head dim {self.head_dim}", f"{x.shape[-1]}", "use the codec with the model it was made for")
         if x.shape[2] % self.block:
             raise InputError(f"a multiple of {self.block} tokens", f"{x.shape[2]}", "keep the others until their block is full")
-        if not x.is_cuda and not bool(torch.isfinite(x).all()):
+        if not x.is_cuda and not _finite(x):
             raise non_finite()
         return self._encode(x.float())
 
@@ -213,6 +213,11 @@ class Codec(ABC):
 
     def __deepcopy__(self, memo: dict) -> Self:
         return self  # a copied cache shares its codecs
+
+
+def _finite(x: Tensor) -> bool:
+    """Whether no element is NaN or Inf; a sum is sooner made, and finite only if all are."""
+    return math.isfinite(float(x.sum(dtype=torch.float32))) or bool(torch.isfinite(x).all())
 
 
 def non_finite() -> InputError:
