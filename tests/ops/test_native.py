@@ -20,8 +20,8 @@ from kvfold.packing import pack_scale
 pytestmark = pytest.mark.skipif(not native.available_isas(), reason=native.MISSING)
 RELATIVE_ERROR = 1e-3  # root mean square over root mean square, of every head
 EXACT_ERROR = 3e-5  # the same, of ways that use no integers: float32, or its halves on the matrix unit
-# The matrix unit leaves out products of 2^-16 of the lengths. Where scales vary, the worst of 420 outputs is off by up to 4e-5, over
-# twelve seeds; their root mean square by 8e-6.
+# The matrix unit leaves out products of 2^-16 of the lengths. Where scales vary, the worst of 420 outputs is off by up to 4e-5
+# (twelve seeds), all of them by 8e-6.
 HALVES_ERROR = 6e-5
 
 

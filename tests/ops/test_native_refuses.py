@@ -78,4 +78,6 @@ def test_shapes_that_do_not_fit_are_refused_before_anything_is_read(wrong: dict[
 )
 def test_encoding_refuses_channels_and_weights_that_do_not_fit(channels: torch.Tensor, weights: torch.Tensor | None) -> None:
     with pytest.raises((ValueError, TypeError)):
-        ops.code(torch.zeros(1, 3, 5, 8), torch.zeros(1, 16, 4), torch.zeros(2, 3, 2).long(), channels, weights, 4, backend="cpu")
+        ops.code(
+            torch.zeros(1, 3, 5, 8), torch.zeros(1, 16, 4), torch.zeros(2, 3, 2).long(), channels, weights, 4, backend="cpu"
+        )
