@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvfold.ops.attend import gpu_step
-from kvfold.ops.attend.gpu_step import scale_of
+from kvfold.ops.attend.gpu_parts import scale_of
 from kvfold.ops.attend.naive import Coded, Rotation
 from kvfold.ops.interpreter import interpreted
 
