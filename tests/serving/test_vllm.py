@@ -34,8 +34,8 @@ def agreement(codec: Path, prompts: list[list[int]], served: dict[str, Any]) -> 
 
 
 def test_what_is_said_is_what_transformers_says(codec: Path, prompts: list[list[int]], served: dict[str, Any]) -> None:
-    """Sums in another order turn a near-tie of the search (300,000 choices of codes for 100 tokens), and from there on the row has
-    another draw of the same quantization error; without that texts are the same to the word: the next test."""
+    """Sums in another order turn a near-tie of the search (300,000 choices of codes for 100 tokens), and from there on the row
+    has another draw of the same quantization error; without that texts are the same to the word: the next test."""
     assert agreement(codec, prompts, served) >= 0.85
 
 
@@ -73,7 +73,7 @@ def test_pages_hold_six_times_the_tokens_of_bfloat16(prompts: list[list[int]], s
 def test_chunks_prefixes_and_preemption_change_nothing(codec: Path, prompts: list[list[int]], served: dict[str, Any]) -> None:
     """Prompts in chunks of 64 tokens; room for a few rows only, so that others are put off and done again; and, in the second
     round, prefixes that are in the cache already. Codes are the same in any company, but products of other shapes round
-    otherwise, which turns a text or two (21 and 22 of 24 were the same on one machine, 24 on another)."""
+    otherwise, which turns a text or two (21 and 22 of 24 were the same on one machine, 23 or more on another)."""
     tight = {"max_num_batched_tokens": 64, "max_num_seqs": 16, "num_gpu_blocks_override": 12, "block_size": 32}
     got = answer(codec, prompts[:24], rounds=2, engine={**tight, "max_model_len": 256, "enable_prefix_caching": True})
     for tokens in got["tokens"]:
