@@ -234,7 +234,7 @@ def _join(
     top = tl.max(part_lse, 0)
     share = tl.exp(part_lse - tl.where(top == float("-inf"), 0.0, top))
     total = tl.sum(share, 0)
-    seen_any = total > 0
+    seen_any = total != 0  # NaN stays
     total = tl.where(seen_any, total, 1.0)
     part = tl.load(parts + at[:, None] * (PADDED * WIDTH) + lane[None, :], mask=(split < splits)[:, None], other=0.0)
     mixed = tl.sum(part * share[:, None], 0)

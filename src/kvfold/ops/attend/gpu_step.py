@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvfold.ops.attend import gpu_cuda
 from kvfold.ops.attend.gpu_parts import decoded, scale_of, sincos
 from kvfold.ops.attend.naive import Coded, Rotation
 from kvfold.ops.interpreter import interpreted
@@ -106,14 +107,33 @@ def partial(
 
     if key.center is not None:
         scores("center", False)
-    if rotation is not None and key.center is None:
-        scores("turned", False)
-    elif 2 * stages * groups * size * tall <= _TABLE_BYTES:
+    turned = rotation is not None and key.center is None
+    looked_up = not turned and 2 * stages * groups * size * tall <= _TABLE_BYTES
+    natively = (turned or looked_up) and gpu_cuda.takes(key, value, turned, rows)
+    tables = None
+    if looked_up:
         tables = torch.empty(pairs, stages * groups, size, tall, dtype=torch.float16, device=query.device)
         *codes, codebooks, book = _arguments(key)
         _tables[(pairs, stages * groups)](
-            turning, codebooks, book, tables, kv_heads, rows, groups, *sizes[2:], max(16, size), max(8, tall), tall
+            turning,
+            codebooks,
+            book,
+            tables,
+            kv_heads,
+            rows,
+            groups,
+            *sizes[2:],
+            max(16, triton.next_power_of_2(size)),
+            max(8, tall),
+            tall,
         )
+    if natively:
+        prepared = (turning, frequency, tables, logits, key, value, rotation, mask, softmax_scale, softcap)
+        return gpu_cuda.partial(*prepared, queries, processors)
+
+    if turned:
+        scores("turned", False)
+    elif tables is not None:
         wide = max(32, min(_LOOKED_UP, triton.next_power_of_2(triton.cdiv(tokens * pairs, processors))))
         count, each = _splits(pairs, tokens, wide, processors)
         arguments = (tables, logits, *codes, kv_heads, each, *finish, key.center is not None)
