@@ -23,8 +23,11 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard csrc/*)
 demo: setup
 	OMP_WAIT_POLICY=passive $(BIN)/python -m kvfold.demo
 
+# A worker a core, each a process that runs its tests on one thread and loads torch and models for itself, hence at most 8. JOBS=0
+# runs all in one process. Threads that others start wait passively, as above.
+JOBS ?= logical
 test: setup
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal
 
 check: setup
 	$(BIN)/ruff check
