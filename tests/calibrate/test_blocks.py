@@ -103,10 +103,12 @@ def test_the_same_seed_gives_the_same_codecs_and_the_model_is_left_as_it_was() -
 @pytest.mark.parametrize("family", ["qwen3", "gemma3", "gpt-neox", "phi3"])
 def test_other_families_train_too(family: str) -> None:
     """On a random model rounding alone decides where 60 steps end, so some of a few runs have to be better than their start."""
-    runs = [trained(family=family, seed=seed).info["blocks"]["loss"] for seed in range(4)]
-    assert any(losses[1] < losses[0] for told in runs for losses in told if losses)
-    for told in runs:
+    for seed in range(4):
+        told = trained(family=family, seed=seed).info["blocks"]["loss"]
         assert [losses is None for losses in told] == [codec is None for codec in started(family).keys]
+        if any(losses[1] < losses[0] for losses in told if losses):
+            return
+    pytest.fail("no run ended better than it started")
 
 
 def test_calibration_trains_if_asked() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvfold import ops
 from kvfold.ops.attend import naive
+from kvfold.ops.interpreter import interpreted
 
 RELATIVE_ERROR = 1e-5  # of the largest element of the output; lse: absolute
 
@@ -41,6 +42,8 @@ def check(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], error: fl
 @pytest.mark.parametrize("tokens", [1, 63, 1000, 1500])
 def test_attention_is_softmax_over_the_decoded_keys(backend: str, tokens: int, queries: int, kind: str) -> None:
     batch = 1 if queries > 5 else 2
+    if backend == "gpu" and interpreted():  # of 600 as of 40: one block, too many for tables; and a program joins each row
+        queries = min(queries, 40)
     query, key, value = torch.randn(batch, 2, queries, 16), scattered(batch, 2, tokens), scattered(batch, 2, tokens)
     mask = masks(kind, batch, queries, tokens)
     got = ops.attend(query, key, value, None, mask, 0.25, backend=backend)
