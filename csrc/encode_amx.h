@@ -28,7 +28,7 @@ class AmxEncoder {
  public:
   static constexpr int64_t kRows = 16;  // partial codes of a tile
 
-  static bool serves(const EncodeCall& call) { return call.beam <= kRows; }
+  static bool serves(int64_t beam) { return beam <= kRows; }
 
   // For blocks of up to `most` vectors.
   AmxEncoder(const Books& books, int64_t beam, int64_t most)

@@ -35,6 +35,7 @@ _BACKENDS: dict[str, dict[str, Callable]] = {
         "decode": naive_decode.decode,
         "attend": naive_attend.attend,
         "attend_exact": naive_attend.attend_exact,
+        "attend_both": partial(naive_attend.attend_both, naive_attend.attend, naive_attend.attend_exact),
         "attend_pages": partial(pages.attend_pages, naive_attend.attend),
     },
     "cpu": {
@@ -43,6 +44,7 @@ _BACKENDS: dict[str, dict[str, Callable]] = {
         "decode": cpu_decode.decode,
         "attend": cpu_attend.attend,
         "attend_exact": cpu_attend.attend_exact,
+        "attend_both": cpu_attend.attend_both,
         "attend_pages": cpu_attend.attend_pages,
     },
 }
@@ -88,7 +90,8 @@ def _gpu() -> dict[str, Callable]:
     encode, decode, attend = (importlib.import_module(f"kvfold.ops.{op}.gpu") for op in ("encode", "decode", "attend"))
     found = {"encode": encode.encode, "decode": decode.decode, "attend": attend.attend}
     found |= {"attend_pages": partial(pages.attend_pages, attend.attend), "code": encode.code}
-    return {**found, "attend_exact": naive_attend.attend_exact}  # exact tokens are few: PyTorch's own products
+    exact = naive_attend.attend_exact  # exact tokens are few: PyTorch's own products
+    return {**found, "attend_exact": exact, "attend_both": partial(naive_attend.attend_both, attend.attend, exact)}
 
 
 @cache
