@@ -46,6 +46,20 @@ struct CodeCall {
   int threads;
 };
 
+// x [batch, heads, tokens, dim] with strides in elements, out dense; positions [batch or 1, tokens] with stride 0 if all share them;
+// inv_freq [rotary].
+struct RopeCall {
+  const float* x;
+  float* out;
+  const int32_t* positions;
+  const float* inv_freq;
+  int64_t batch, heads, tokens, dim, rotary, positions_stride;
+  int64_t batch_stride, head_stride, token_stride;
+  float factor;
+  bool interleaved;
+  int threads;
+};
+
 struct DecodeCall {
   const int32_t* codes;
   float* vectors;
@@ -106,6 +120,7 @@ struct PagesCall {
 void encode(const EncodeCall&);
 void code(const CodeCall&);
 void decode(const DecodeCall&);
+void unrotate(const RopeCall&);
 void attend(const AttendCall&);
 // Attends to further keys with the same queries; the results of `before`, which is done, become those of the keys of both.
 void attend_too(const AttendCall& call, const AttendCall& before);

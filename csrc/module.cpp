@@ -124,6 +124,25 @@ void decode_arrays(const Array<const int32_t>& codes, const Books& books, int th
   decode(call);
 }
 
+void unrotate_arrays(const Array<const float>& x, const Array<const int32_t>& positions, const Array<const float>& inv_freq,
+                     float factor, bool interleaved, int threads, const Array<float>& out) {
+  require(x.ndim() == 4 && positions.ndim() == 2 && inv_freq.ndim() == 1, "keys [B, G, T, D], positions [B or 1, T], inv_freq [n]");
+  const int64_t batch = x.shape(0), heads = x.shape(1), tokens = x.shape(2), dim = x.shape(3), rows = positions.shape(0);
+  require(rows == 1 || rows == batch, "positions [B or 1, T]");
+  require_shape(positions, {rows, tokens}, "positions, not [B or 1, T]");
+  require(2 * static_cast<int64_t>(inv_freq.shape(0)) <= dim, "inv_freq [n], 2 n <= D");
+  require(x.size() == 0 || x.stride(3) == 1, "keys with gaps within a token");
+  require_shape(out, {batch, heads, tokens, dim}, "out, not that of the keys");
+  require_dense(out, "out");
+  require_dense(positions, "positions");
+  require_dense(inv_freq, "inv_freq");
+  const RopeCall call{x.data(), out.data(), positions.data(), inv_freq.data(), batch, heads, tokens, dim,
+                      static_cast<int64_t>(inv_freq.shape(0)), rows == 1 ? 0 : tokens, x.stride(0), x.stride(1), x.stride(2),
+                      factor, interleaved, threads};
+  nb::gil_scoped_release free;
+  unrotate(call);
+}
+
 using Scale = nb::ndarray<nb::ro, nb::device::cpu>;  // uint16, the bits of a float16, or uint8, the upper ones of them
 
 Side coded_side(const Array<const uint8_t>& packed, const Scale& scale, int bits, const Books& books,
@@ -404,6 +423,7 @@ NB_MODULE(KV_MODULE, m) {
   m.def("code", &code_arrays, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
         nb::arg());
   m.def("decode", &decode_arrays);
+  m.def("unrotate", &unrotate_arrays);
   m.def("attend_codes", &attend_codes, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
         nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(),
         nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());

@@ -11,7 +11,7 @@ from kvfold.ops.attend.pages import alike
 from kvfold.ops.dispatch import available_backends, select
 from kvfold.ops.encode.code import scaled_groups
 from kvfold.ops.merge import merge
-from kvfold.ops.rope import rotate, unrotate
+from kvfold.ops.rope import rotate
 
 
 def encode(vectors: Tensor, codebooks: Tensor, book: Tensor, beam: int = 1, backend: str | None = None) -> Tensor:
@@ -98,6 +98,13 @@ def attend_pages(
     """Attention of a decode step over codes in pages; see `ops/attend/pages.py`."""
     run = select("attend_pages", backend, query.device.type)
     return run(query, key, value, table, lengths, rotation, softmax_scale, softcap)
+
+
+def unrotate(
+    x: Tensor, positions: Tensor, inv_freq: Tensor, factor: float = 1.0, interleaved: bool = False, backend: str | None = None
+) -> Tensor:
+    """Inverse of `rotate`; see `ops/rope.py`."""
+    return select("unrotate", backend, x.device.type)(x, positions, inv_freq, factor, interleaved)
 
 
 __all__ = [
