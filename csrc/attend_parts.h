@@ -14,12 +14,6 @@ namespace kvfold {
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
-inline float half_to_float(uint16_t bits) {
-  _Float16 half;
-  std::memcpy(&half, &bits, sizeof half);
-  return static_cast<float>(half);
-}
-
 // Rows that are read next, asked for in `times` shares while there is other work, so that far memory is not waited for.
 class Ahead {
  public:

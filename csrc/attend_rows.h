@@ -150,43 +150,52 @@ struct Rows {
       }
   }
 
-  // sums [rows][head dim] (coded order) of the codewords, each times its mass.
+  // sums [kWidth][head dim] (coded order) of the codewords, each times its mass. Four rows at a time, also where fewer are
+  // asked for: their additions hide each other's latency, and a codeword is read once.
   static void mix(const Books& books, const int32_t* book, const float* mass, int64_t rows, float* sums) {
-    const int64_t dim = books.dim, head_dim = books.head_dim();
-    std::fill_n(sums, rows * head_dim, 0.0f);
+    std::fill_n(sums, kWidth * books.head_dim(), 0.0f);
+    const uint16_t* halves = lanes > 4 ? books.halves() : nullptr;  // plain C++ takes longer to widen them
     for (int64_t l = 0; l < books.codes(); l++) {
       const float* own = mass + l * books.size * kWidth;
       for (int64_t r = 0; r < rows; r += 4) {
-        float* to = sums + r * head_dim + l % books.groups * dim;
-        if (r + 4 <= rows)
-          add_scaled<4>(own + r, books.table(book[l]), books.size, dim, head_dim, to);
+        float* to = sums + r * books.head_dim() + l % books.groups * books.dim;
+        if (halves)
+          add_scaled(own + r, halves + book[l] * books.size * books.dim, books, to);
         else
-          for (int64_t k = r; k < rows; k++)
-            add_scaled<1>(own + k, books.table(book[l]), books.size, dim, head_dim, to + (k - r) * head_dim);
+          add_scaled(own + r, books.table(book[l]), books, to);
       }
     }
   }
 
-  template <int kRowsOf>
-  static void add_scaled(const float* mass, const float* table, int64_t size, int64_t dim, int64_t head_dim, float* sums) {
+ private:
+  static constexpr int kTogether = 4;
+
+  static vf entries(const float* from) { return load(from); }
+  static vf entries(const uint16_t* from) { return load_halves(from); }
+  static float entry(float x) { return x; }
+  static float entry(uint16_t bits) { return half_to_float(bits); }
+
+  template <class Entry>
+  static void add_scaled(const float* mass, const Entry* table, const Books& books, float* sums) {
+    const int64_t dim = books.dim, head_dim = books.head_dim();
     int64_t j = 0;
     for (; j + 2 * lanes <= dim; j += 2 * lanes) {
-      vf acc[kRowsOf][2];
-      for (int r = 0; r < kRowsOf; r++)
+      vf acc[kTogether][2];
+      for (int r = 0; r < kTogether; r++)
         for (int w = 0; w < 2; w++) acc[r][w] = load(sums + r * head_dim + j + w * lanes);
-      for (int64_t c = 0; c < size; c++) {
-        const vf low = load(table + c * dim + j), high = load(table + c * dim + j + lanes);
-        for (int r = 0; r < kRowsOf; r++) {
+      for (int64_t c = 0; c < books.size; c++) {
+        const vf low = entries(table + c * dim + j), high = entries(table + c * dim + j + lanes);
+        for (int r = 0; r < kTogether; r++) {
           acc[r][0] += mass[c * kWidth + r] * low;
           acc[r][1] += mass[c * kWidth + r] * high;
         }
       }
-      for (int r = 0; r < kRowsOf; r++)
+      for (int r = 0; r < kTogether; r++)
         for (int w = 0; w < 2; w++) store(sums + r * head_dim + j + w * lanes, acc[r][w]);
     }
     for (; j < dim; j++)
-      for (int r = 0; r < kRowsOf; r++)
-        for (int64_t c = 0; c < size; c++) sums[r * head_dim + j] += mass[c * kWidth + r] * table[c * dim + j];
+      for (int r = 0; r < kTogether; r++)
+        for (int64_t c = 0; c < books.size; c++) sums[r * head_dim + j] += mass[c * kWidth + r] * entry(table[c * dim + j]);
   }
 };
 

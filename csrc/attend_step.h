@@ -147,8 +147,10 @@ struct Step : Rows<kWidth> {
     const Books& values = *call.value.books;
     const int64_t all = call.shared * call.queries, pairs = call.batch * call.kv_heads;
     const int64_t sets = (all + kWidth - 1) / kWidth;  // of rows that go together
-    // Enough pieces of work for a few threads also where there are few heads; their number must not depend on the threads.
-    const int64_t parts = (call.pieces + pairs * sets - 1) / (pairs * sets);
+    // Enough pieces of work for a few threads also where there are few heads: an even number, so that two or four share them out,
+    // which must not depend on the threads.
+    int64_t parts = 1;
+    while (4 * pairs * sets * parts < 3 * call.pieces) parts *= 2;
     const int64_t even = std::max<int64_t>(kStepLeast, ((call.tokens + parts - 1) / parts + 63) / 64 * 64);
     const int64_t chunk_size = std::min(kStepChunk, even), chunks = (call.tokens + chunk_size - 1) / chunk_size;
     const int64_t value_dim = call.value.dim;
@@ -163,7 +165,7 @@ struct Step : Rows<kWidth> {
     const int64_t items = pairs * sets * chunks;
     std::vector<float> sums(items * kWidth * value_dim), top(items * kWidth, kMinusInfinity), total(items * kWidth, 0.0f),
         skipped(items * kWidth, 0.0f);
-    parallel_for(call.threads, items, [&](int64_t item) {
+    parallel_stretches(call.threads, items, [&](int64_t item) {
       const int64_t chunk = item % chunks, set = item / chunks % sets, pair = item / chunks / sets;
       const int64_t b = pair / call.kv_heads, g = pair % call.kv_heads;
       const int64_t first_row = set * kWidth, rows = std::min<int64_t>(kWidth, all - first_row);

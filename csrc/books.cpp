@@ -162,6 +162,18 @@ const float* Books::columns(int64_t m) const {
   return columns_.data() + m * dim * padded_size();
 }
 
+const uint16_t* Books::halves() const {
+  std::call_once(halves_made, [this] {
+    Aligned<uint16_t> made(rows.size());
+    for (size_t i = 0; i < rows.size(); i++) {
+      made[i] = to_half(rows[i]);
+      if (half_to_float(made[i]) != rows[i]) return;
+    }
+    halves_ = std::move(made);
+  });
+  return halves_.empty() ? nullptr : halves_.data();
+}
+
 const Books::Integers& Books::integers() const {
   std::call_once(integers_made, [this] { integers_ = make_integers(*this); });
   return integers_;

@@ -25,6 +25,19 @@ inline float from_bfloat16(uint16_t half) {
   return x;
 }
 
+inline float half_to_float(uint16_t bits) {
+  _Float16 half;
+  std::memcpy(&half, &bits, sizeof half);
+  return static_cast<float>(half);
+}
+
+inline uint16_t to_half(float x) {
+  const _Float16 half = static_cast<_Float16>(x);
+  uint16_t bits;
+  std::memcpy(&bits, &half, sizeof bits);
+  return bits;
+}
+
 // Memory that starts on a cache line, so that no load of a codeword crosses one. Numbers without an initial value have none.
 template <class T>
 struct LineAllocator {
@@ -89,6 +102,10 @@ struct Books {
   };
   const Tiles& tiles() const;  // made at the first call
 
+  // Codewords in float16, [M][C][d], where every entry is one exactly (codebooks of float16 or less): half as much to read. Else
+  // null. Made at the first call.
+  const uint16_t* halves() const;
+
   // [d][padded C] of codebook m: entry j of all codewords side by side; padding is 0. Made at the first call.
   const float* columns(int64_t m) const;
 
@@ -102,8 +119,9 @@ struct Books {
         int64_t groups, const int64_t* channels);
 
  private:
-  mutable std::once_flag columns_made, integers_made, pairs_made, tiles_made;
+  mutable std::once_flag columns_made, halves_made, integers_made, pairs_made, tiles_made;
   mutable Aligned<float> columns_;
+  mutable Aligned<uint16_t> halves_;  // empty if they would not be exact
   mutable Integers integers_;
   mutable Pairs pairs_;
   mutable Tiles tiles_;

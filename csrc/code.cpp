@@ -4,13 +4,14 @@
 #include <algorithm>
 #include <vector>
 
-#include "kernels.h"
+#include "encode.h"
 #include "pool.h"
+#include "scale.h"
 
 namespace kvfold {
 namespace {
 
-constexpr int64_t kVectors = 64;  // of a piece of work
+constexpr int64_t kMost = 256, kLeast = 8;  // tokens of a piece of work: codebooks are read for as many
 
 void pack(const int32_t* codes, int64_t count, int bits, uint8_t* to) {
   uint64_t window = 0;
@@ -22,21 +23,38 @@ void pack(const int32_t* codes, int64_t count, int bits, uint8_t* to) {
   if (filled) *to = static_cast<uint8_t>(window);
 }
 
+// What one thread works with, small enough to stay in its caches.
+struct Workplace {
+  Searcher searcher;
+  std::vector<float> vectors;
+  std::vector<int32_t> codes;
+
+  Workplace(const Books& books, int64_t beam)
+      : searcher(books, beam), vectors(kMost * books.head_dim()), codes(kMost * books.codes()) {}
+};
+
 }  // namespace
 
 void code(const CodeCall& call) {
-  ScaleCall scaling = call.scaling;
-  const int64_t count = call.books->codes(), bytes = (count * call.bits + 7) / 8;
-  const int64_t all = scaling.batch * scaling.heads * scaling.tokens;
-  std::vector<float> vectors(all * scaling.groups * scaling.dim);
-  std::vector<int32_t> codes(all * count);
-  scaling.vectors = vectors.data();
-  scaled_groups(scaling);
-  encode({vectors.data(), codes.data(), scaling.batch, scaling.tokens, call.beam, call.books, scaling.threads});
-  const int64_t blocks = (all + kVectors - 1) / kVectors;
-  parallel_for(blocks < 2 * scaling.threads ? 1 : scaling.threads, blocks, [&](int64_t block) {
-    for (int64_t at = block * kVectors; at < std::min((block + 1) * kVectors, all); at++)
-      pack(codes.data() + at * count, count, call.bits, call.packed + at * bytes);
+  const ScaleCall& scaling = call.scaling;
+  const Books& books = *call.books;
+  const int64_t count = books.codes(), bytes = (count * call.bits + 7) / 8, width = books.head_dim();
+  const int64_t pairs = scaling.batch * scaling.heads, tokens = scaling.tokens;
+  int64_t span = kMost;  // a vector's codes do not depend on it
+  while (span > kLeast && pairs * ((tokens + span - 1) / span) < 4 * call.threads) span /= 2;
+  const int64_t spans = (tokens + span - 1) / span;
+  Lent<Workplace> places(books, call.beam);
+  parallel_stretches(call.threads, pairs * spans, [&](int64_t item) {
+    const int64_t pair = item / spans, g = pair % scaling.heads, first = item % spans * span, some = std::min(span, tokens - first);
+    Lent<Workplace>::Loan place(places);
+    float* const vectors = place->vectors.data();
+    int32_t* const codes = place->codes.data();
+    scaled_groups(scaling, pair / scaling.heads, g, first, some, vectors);
+    for (int64_t p = 0; p < books.groups; p++)
+      for (int64_t t = 0; t < some; t += Searcher::kBlock)
+        place->searcher.encode(vectors + t * width + p * books.dim, width, std::min(Searcher::kBlock, some - t), g, p, codes + t * count);
+    for (int64_t t = 0; t < some; t++)
+      pack(codes + t * count, count, call.bits, call.packed + (pair * tokens + first + t) * bytes);
   });
 }
 

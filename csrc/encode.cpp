@@ -3,6 +3,8 @@
 // Vectors go through all stages in blocks that stay in the second-level cache. The scores of a block are a matrix product
 // over a strip of codewords, of which only the best of each vector is kept as it comes (greedy), or which is written out a
 // vector at a time (beam).
+#include "encode.h"
+
 #include "encode_amx.h"
 #include "kernels.h"
 #include "lanes.h"
@@ -11,8 +13,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <memory>
-#include <mutex>
 #include <vector>
 
 namespace kvfold {
@@ -21,7 +21,6 @@ namespace {
 constexpr int kRows = 4;                // vectors of a tile of the product
 constexpr int kWide = 4;                // lane vectors of a tile: codewords
 constexpr int kStrip = kWide * lanes;   // codewords of a tile
-constexpr int64_t kBlock = 64;          // vectors of a piece of work
 
 // `x . C[c] - ||C[c]||^2 / 2` of kRows vectors (row stride `dim`) for one strip of codewords.
 inline void score(const float* x, int64_t dim, const float* columns, const float* half_norms, int64_t padded,
@@ -78,11 +77,10 @@ void nearest(const float* x, int64_t count, int64_t dim, const Stage& stage, int
   }
 }
 
-void encode_greedy(const EncodeCall& call, const std::vector<Stage>& stages, int64_t count, float* x, int32_t* codes) {
-  const Books& books = *call.books;
+void encode_greedy(const Books& books, const std::vector<Stage>& stages, int64_t count, float* x, int32_t* codes) {
   const int64_t dim = books.dim;
   for (size_t s = 0; s < stages.size(); s++) {
-    int32_t* best = codes + s * kBlock;
+    int32_t* best = codes + s * Searcher::kBlock;
     nearest(x, count, dim, stages[s], books.padded_size(), best);
     for (int64_t i = 0; i < count; i++) {
       const float* codeword = stages[s].rows + best[i] * dim;
@@ -189,16 +187,15 @@ int64_t choose(int64_t size, int64_t padded, int64_t width, int64_t beam, float 
 }
 
 // Stage by stage for all of a block, so that a stage's codewords stay in the first-level cache; codes [count][stages].
-void encode_beam(const EncodeCall& call, const std::vector<Stage>& stages, int64_t count, const float* x, int32_t* codes) {
-  const Books& books = *call.books;
+void encode_beam(const Books& books, int64_t most, const std::vector<Stage>& stages, int64_t count, const float* x, int32_t* codes) {
   const int64_t dim = books.dim, padded = books.padded_size(), depth = static_cast<int64_t>(stages.size());
-  BeamSpace space(call.beam, padded);
+  BeamSpace space(most, padded);
   std::vector<Beam> beams;
-  for (int64_t i = 0; i < count; i++) beams.emplace_back(x + i * dim, call.beam, dim, depth);
+  for (int64_t i = 0; i < count; i++) beams.emplace_back(x + i * dim, most, dim, depth);
   for (int64_t s = 0; s < depth; s++)
     for (Beam& beam : beams) {
-      const float limit = all_errors(stages[s], dim, padded, beam.residual.data(), beam.width, call.beam, space);
-      beam.width = choose(books.size, padded, beam.width, call.beam, limit, space);
+      const float limit = all_errors(stages[s], dim, padded, beam.residual.data(), beam.width, most, space);
+      beam.width = choose(books.size, padded, beam.width, most, limit, space);
       for (int64_t i = 0; i < beam.width; i++) {
         const Partial& partial = space.best[i];
         const float* from = beam.residual.data() + partial.parent * dim;
@@ -214,74 +211,66 @@ void encode_beam(const EncodeCall& call, const std::vector<Stage>& stages, int64
   for (int64_t i = 0; i < count; i++) std::copy_n(beams[i].codes.data(), depth, codes + i * depth);
 }
 
+}  // namespace
+
 #if defined(__AMX_BF16__)
-// Encoders with their memory, lent to one piece of work at a time: there are as many as work at once.
-class AmxEncoders {
+class Searcher::Amx : public AmxEncoder {
  public:
-  explicit AmxEncoders(const EncodeCall& call) : call_(call) {}
-
-  std::unique_ptr<AmxEncoder> take() {
-    std::lock_guard<std::mutex> lock(guard_);
-    if (idle_.empty()) return std::make_unique<AmxEncoder>(*call_.books, call_.beam, kBlock);
-    std::unique_ptr<AmxEncoder> encoder = std::move(idle_.back());
-    idle_.pop_back();
-    return encoder;
-  }
-
-  void give(std::unique_ptr<AmxEncoder> encoder) {
-    std::lock_guard<std::mutex> lock(guard_);
-    idle_.push_back(std::move(encoder));
-  }
-
- private:
-  const EncodeCall& call_;
-  std::mutex guard_;
-  std::vector<std::unique_ptr<AmxEncoder>> idle_;
+  using AmxEncoder::AmxEncoder;
 };
+#else
+class Searcher::Amx {};
 #endif
 
-}  // namespace
+Searcher::Searcher(const Books& books, int64_t beam) : books_(books), beam_(beam) {
+#if defined(__AMX_BF16__)
+  if (AmxEncoder::serves(beam)) amx_ = std::make_unique<Amx>(books, beam, kBlock);
+#endif
+}
+
+Searcher::~Searcher() = default;
+
+void Searcher::encode(const float* vectors, int64_t stride, int64_t count, int64_t g, int64_t p, int32_t* codes) {
+  const int32_t* book = books_.book.data() + g * books_.codes() + p;
+#if defined(__AMX_BF16__)
+  if (amx_) return amx_->encode({vectors, stride, count, book, books_.groups, codes + p, books_.codes(), books_.groups});
+#endif
+  encode_lanes(vectors, stride, count, book, codes + p);
+}
+
+void Searcher::encode_lanes(const float* vectors, int64_t stride, int64_t count, const int32_t* book, int32_t* codes) {
+  const int64_t depth = books_.stages, groups = books_.groups, dim = books_.dim;
+  Aligned<float> x(kBlock * dim, 0.0f);
+  for (int64_t i = 0; i < count; i++) std::copy_n(vectors + i * stride, dim, x.data() + i * dim);
+  std::vector<Stage> stages;
+  for (int64_t s = 0; s < depth; s++) {
+    const int64_t m = book[s * groups];
+    stages.push_back({books_.columns(m), books_.half_norms.data() + m * books_.padded_size(), books_.table(m)});
+  }
+  if (beam_ == 1) {
+    std::vector<int32_t> found(depth * kBlock);
+    encode_greedy(books_, stages, count, x.data(), found.data());
+    for (int64_t i = 0; i < count; i++)
+      for (int64_t s = 0; s < depth; s++) codes[i * books_.codes() + s * groups] = found[s * kBlock + i];
+  } else {
+    std::vector<int32_t> found(count * depth);
+    encode_beam(books_, beam_, stages, count, x.data(), found.data());
+    for (int64_t i = 0; i < count; i++)
+      for (int64_t s = 0; s < depth; s++) codes[i * books_.codes() + s * groups] = found[i * depth + s];
+  }
+}
 
 void encode(const EncodeCall& call) {
   const Books& books = *call.books;
-  const int64_t depth = books.stages, groups = books.groups, dim = books.dim, heads = books.heads;
-  const int64_t blocks = (call.tokens + kBlock - 1) / kBlock;
-#if defined(__AMX_BF16__)
-  AmxEncoders encoders(call);
-#endif
-  // A piece of work is one block of tokens of one head and group: neighbours in the order share a codebook column.
-  parallel_for(call.threads, call.batch * heads * groups * blocks, [&](int64_t item) {
-    const int64_t block = item % blocks, p = item / blocks % groups, pair = item / blocks / groups;
-    const int64_t first = block * kBlock, count = std::min(kBlock, call.tokens - first);
-    const int32_t* book = books.book.data() + pair % heads * books.codes();
+  const int64_t groups = books.groups, dim = books.dim, blocks = (call.tokens + Searcher::kBlock - 1) / Searcher::kBlock;
+  Lent<Searcher> searchers(books, call.beam);
+  // A piece of work is one block of tokens of one head and group: neighbours in the order share codebooks.
+  parallel_stretches(call.threads, call.batch * books.heads * groups * blocks, [&](int64_t item) {
+    const int64_t p = item / blocks % groups, pair = item / blocks / groups;
+    const int64_t first = item % blocks * Searcher::kBlock, count = std::min(Searcher::kBlock, call.tokens - first);
     const float* from = call.vectors + ((pair * call.tokens + first) * groups + p) * dim;
-    int32_t* to = call.codes + (pair * call.tokens + first) * books.codes() + p;
-#if defined(__AMX_BF16__)
-    if (AmxEncoder::serves(call)) {
-      std::unique_ptr<AmxEncoder> encoder = encoders.take();
-      encoder->encode({from, groups * dim, count, book + p, groups, to, books.codes(), groups});
-      encoders.give(std::move(encoder));
-      return;
-    }
-#endif
-    Aligned<float> x(kBlock * dim, 0.0f);
-    for (int64_t i = 0; i < count; i++) std::copy_n(from + i * groups * dim, dim, x.data() + i * dim);
-    std::vector<Stage> stages;
-    for (int64_t s = 0; s < depth; s++) {
-      const int64_t m = book[s * groups + p];
-      stages.push_back({books.columns(m), books.half_norms.data() + m * books.padded_size(), books.table(m)});
-    }
-    if (call.beam == 1) {
-      std::vector<int32_t> codes(depth * kBlock);
-      encode_greedy(call, stages, count, x.data(), codes.data());
-      for (int64_t i = 0; i < count; i++)
-        for (int64_t s = 0; s < depth; s++) to[i * books.codes() + s * groups] = codes[s * kBlock + i];
-    } else {
-      std::vector<int32_t> codes(count * depth);
-      encode_beam(call, stages, count, x.data(), codes.data());
-      for (int64_t i = 0; i < count; i++)
-        for (int64_t s = 0; s < depth; s++) to[i * books.codes() + s * groups] = codes[i * depth + s];
-    }
+    Lent<Searcher>::Loan searcher(searchers);
+    searcher->encode(from, groups * dim, count, pair % books.heads, p, call.codes + (pair * call.tokens + first) * books.codes());
   });
 }
 

@@ -28,7 +28,7 @@ class AmxEncoder {
  public:
   static constexpr int64_t kRows = 16;  // partial codes of a tile
 
-  static bool serves(const EncodeCall& call) { return call.beam <= kRows; }
+  static bool serves(int64_t beam) { return beam <= kRows; }
 
   // For blocks of up to `most` vectors.
   AmxEncoder(const Books& books, int64_t beam, int64_t most)
@@ -141,37 +141,23 @@ class AmxEncoder {
     const uint16_t* tile = tiles_.halves.data() + m * padded_ / 16 * parts * 512;
     if (parts == 1) {
       _tile_loadd(4, rows, 64);
+      // Quarter `sum` of strip s by way of tile `right`; names of tiles are part of an instruction, so no function can take them.
+#define KV_QUARTER(sum, right)                          \
+  if (s) _tile_stored(sum, before + sum * 256, 64);     \
+  if (s < strips) {                                     \
+    _tile_loadd(sum, half_norms + sum * 16, 0);         \
+    _tile_loadd(right, tile + sum * 512, 64);           \
+    _tile_dpbf16ps(sum, 4, right);                      \
+  }                                                     \
+  if (s > 1) lowest_of_sets(s - 2, sum * 4);
       for (int64_t s = 0; s <= strips; s++, half_norms += 64, tile += 2048) {
         float* before = &errors_[(s - 1) * 1024];
-        if (s) _tile_stored(0, before, 64);
-        if (s < strips) {
-          _tile_loadd(0, half_norms, 0);
-          _tile_loadd(5, tile, 64);
-          _tile_dpbf16ps(0, 4, 5);
-        }
-        if (s > 1) lowest_of_sets(s - 2, 0);
-        if (s) _tile_stored(1, before + 256, 64);
-        if (s < strips) {
-          _tile_loadd(1, half_norms + 16, 0);
-          _tile_loadd(6, tile + 512, 64);
-          _tile_dpbf16ps(1, 4, 6);
-        }
-        if (s > 1) lowest_of_sets(s - 2, 4);
-        if (s) _tile_stored(2, before + 512, 64);
-        if (s < strips) {
-          _tile_loadd(2, half_norms + 32, 0);
-          _tile_loadd(5, tile + 1024, 64);
-          _tile_dpbf16ps(2, 4, 5);
-        }
-        if (s > 1) lowest_of_sets(s - 2, 8);
-        if (s) _tile_stored(3, before + 768, 64);
-        if (s < strips) {
-          _tile_loadd(3, half_norms + 48, 0);
-          _tile_loadd(6, tile + 1536, 64);
-          _tile_dpbf16ps(3, 4, 6);
-        }
-        if (s > 1) lowest_of_sets(s - 2, 12);
+        KV_QUARTER(0, 5)
+        KV_QUARTER(1, 6)
+        KV_QUARTER(2, 5)
+        KV_QUARTER(3, 6)
       }
+#undef KV_QUARTER
     } else {
       for (int64_t s = 0; s < 4 * strips; s++) {
         _tile_loadd(0, half_norms + 16 * s, 0);

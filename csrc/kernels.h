@@ -24,27 +24,40 @@ struct EncodeCall {
 };
 
 // x [batch, heads, tokens, groups * dim] with strides in elements; `channels` [groups * dim]; `weights` [heads, groups, dim, dim]
-// or null; vectors [batch, heads, tokens, groups, dim] and one of the scales [batch, heads, tokens], the other is null.
+// or null; one of the scales [batch, heads, tokens], the other is null.
 struct ScaleCall {
   const float* x;
   const int64_t* channels;
   const float* weights;
-  float* vectors;
   uint16_t* scales;
   uint8_t* short_scales;
   int64_t batch, heads, tokens, groups, dim;
   int64_t batch_stride, head_stride, token_stride;
-  int threads;
 };
 
-// From vectors to what is stored of them: the scales of `scaling`, whose own `vectors` are null, and `packed` [batch, heads,
-// tokens, bytes], codes of the books of the search.
+// From vectors to what is stored of them: the scales of `scaling`, and `packed` [batch, heads, tokens, bytes], codes of the books
+// of the search.
 struct CodeCall {
   ScaleCall scaling;
   uint8_t* packed;
   int bits;
   int64_t beam;
   const Books* books;
+  int threads;
+};
+
+// x [batch, heads, tokens, dim] with strides in elements, out dense; positions [batch or 1, tokens] with stride 0 if all share them;
+// inv_freq [rotary].
+struct RopeCall {
+  const float* x;
+  float* out;
+  const int32_t* positions;
+  const float* inv_freq;
+  int64_t batch, heads, tokens, dim, rotary, positions_stride;
+  int64_t batch_stride, head_stride, token_stride;
+  float factor;
+  bool interleaved;
+  int threads;
 };
 
 struct DecodeCall {
@@ -105,10 +118,12 @@ struct PagesCall {
 };
 
 void encode(const EncodeCall&);
-void scaled_groups(const ScaleCall&);
 void code(const CodeCall&);
 void decode(const DecodeCall&);
+void unrotate(const RopeCall&);
 void attend(const AttendCall&);
+// Attends to further keys with the same queries; the results of `before`, which is done, become those of the keys of both.
+void attend_too(const AttendCall& call, const AttendCall& before);
 void attend_pages(const PagesCall&);
 
 }  // namespace kvfold

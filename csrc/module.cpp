@@ -100,14 +100,14 @@ void code_arrays(const Array<const float>& x, const Books& books, const Array<co
   require(scale.size() == 0 || scale.stride(2) == 1, "scale has gaps");
   const bool short_scale = scale.dtype() == nb::dtype<uint8_t>();
   require(short_scale || scale.dtype() == nb::dtype<uint16_t>(), "scale of uint8 or uint16");
-  scaling.x = x.data(), scaling.channels = channels.data(), scaling.threads = threads;
+  scaling.x = x.data(), scaling.channels = channels.data();
   if (short_scale)
     scaling.short_scales = static_cast<uint8_t*>(scale.data());
   else
     scaling.scales = static_cast<uint16_t*>(scale.data());
   scaling.batch = batch, scaling.heads = books.heads, scaling.tokens = tokens, scaling.groups = books.groups, scaling.dim = books.dim;
   scaling.batch_stride = x.stride(0), scaling.head_stride = x.stride(1), scaling.token_stride = x.stride(2);
-  const CodeCall call{scaling, packed.data(), bits, beam, &books};
+  const CodeCall call{scaling, packed.data(), bits, beam, &books, threads};
   nb::gil_scoped_release free;
   code(call);
 }
@@ -122,6 +122,25 @@ void decode_arrays(const Array<const int32_t>& codes, const Books& books, int th
   const DecodeCall call{codes.data(), vectors.data(), batch, tokens, &books, threads};
   nb::gil_scoped_release free;
   decode(call);
+}
+
+void unrotate_arrays(const Array<const float>& x, const Array<const int32_t>& positions, const Array<const float>& inv_freq,
+                     float factor, bool interleaved, int threads, const Array<float>& out) {
+  require(x.ndim() == 4 && positions.ndim() == 2 && inv_freq.ndim() == 1, "keys [B, G, T, D], positions [B or 1, T], inv_freq [n]");
+  const int64_t batch = x.shape(0), heads = x.shape(1), tokens = x.shape(2), dim = x.shape(3), rows = positions.shape(0);
+  require(rows == 1 || rows == batch, "positions [B or 1, T]");
+  require_shape(positions, {rows, tokens}, "positions, not [B or 1, T]");
+  require(2 * static_cast<int64_t>(inv_freq.shape(0)) <= dim, "inv_freq [n], 2 n <= D");
+  require(x.size() == 0 || x.stride(3) == 1, "keys with gaps within a token");
+  require_shape(out, {batch, heads, tokens, dim}, "out, not that of the keys");
+  require_dense(out, "out");
+  require_dense(positions, "positions");
+  require_dense(inv_freq, "inv_freq");
+  const RopeCall call{x.data(), out.data(), positions.data(), inv_freq.data(), batch, heads, tokens, dim,
+                      static_cast<int64_t>(inv_freq.shape(0)), rows == 1 ? 0 : tokens, x.stride(0), x.stride(1), x.stride(2),
+                      factor, interleaved, threads};
+  nb::gil_scoped_release free;
+  unrotate(call);
 }
 
 using Scale = nb::ndarray<nb::ro, nb::device::cpu>;  // uint16, the bits of a float16, or uint8, the upper ones of them
@@ -160,20 +179,14 @@ Side dense_side(const Array<const float>& vectors, int64_t batch, int64_t heads,
 
 using Mask = std::optional<Array<const uint8_t>>;
 
-void run_attend(const Array<const float>& query, AttendCall& call, const Mask& mask, const Array<float>& out,
-                const Array<float>& lse) {
+// The queries of `call`, which knows the keys, and its mask.
+void place_query(AttendCall& call, const Array<const float>& query, const Mask& mask) {
   require(query.ndim() == 4, "query [B, H, Q, D]");
   const int64_t batch = call.batch, heads = query.shape(1), queries = query.shape(2);
   require_shape(query, {batch, heads, queries, call.key.dim}, "query, not [B, H, Q, D] of the keys");
   require(call.kv_heads > 0 && heads % call.kv_heads == 0, "query heads, no multiple of KV heads");
-  require_shape(out, {batch, heads, queries, call.value.dim}, "out, not [B, H, Q, D] of the values");
-  require_shape(lse, {batch, heads, queries}, "lse, not [B, H, Q]");
   require_dense(query, "query");
-  require_dense(out, "out");
-  require_dense(lse, "lse");
   call.query = query.data();
-  call.out = out.data();
-  call.lse = lse.data();
   call.shared = heads / call.kv_heads;
   call.queries = queries;
   if (mask) {
@@ -186,9 +199,32 @@ void run_attend(const Array<const float>& query, AttendCall& call, const Mask& m
     call.mask_query_stride = mask->stride(2);
     call.mask_token_stride = mask->stride(3);
   }
-  if (batch * heads * queries == 0) return;
-  nb::gil_scoped_release free;
-  attend(call);
+}
+
+// Where the results of `call` go, which knows the queries.
+void place_results(AttendCall& call, const Array<float>& out, const Array<float>& lse) {
+  const int64_t heads = call.kv_heads * call.shared;
+  require_shape(out, {call.batch, heads, call.queries, call.value.dim}, "out, not [B, H, Q, D] of the values");
+  require_shape(lse, {call.batch, heads, call.queries}, "lse, not [B, H, Q]");
+  require_dense(out, "out");
+  require_dense(lse, "lse");
+  call.out = out.data();
+  call.lse = lse.data();
+}
+
+// Exact keys and values, and how they are attended.
+AttendCall exact_call(const Array<const float>& keys, const Array<const float>& values, bool half, float softmax_scale, float softcap,
+                      int threads) {
+  require(keys.ndim() == 4, "keys [B, G, T, D]");
+  AttendCall call{};
+  call.batch = keys.shape(0), call.kv_heads = keys.shape(1), call.tokens = keys.shape(2);
+  call.key = dense_side(keys, call.batch, call.kv_heads, call.tokens);
+  call.value = dense_side(values, call.batch, call.kv_heads, call.tokens);
+  call.half = half;
+  call.softmax_scale = softmax_scale;
+  call.softcap = softcap;
+  call.threads = threads;
+  return call;
 }
 
 // Where keys stand and how they are rotated there; `call` knows the keys.
@@ -223,8 +259,9 @@ void attend_codes(const Array<const float>& query, const Array<const uint8_t>& k
                   const Array<const uint8_t>& value_packed, const Scale& value_scale, int value_bits,
                   const Books& value_books, const std::optional<Array<const float>>& key_center,
                   const std::optional<Array<const int32_t>>& positions, const std::optional<Array<const float>>& inv_freq, float factor, bool interleaved, const Mask& mask,
-                  bool half, float softmax_scale, float softcap, float skip, int threads, const Array<float>& out,
-                  const Array<float>& lse) {
+                  const std::optional<Array<const float>>& exact_keys, const std::optional<Array<const float>>& exact_values,
+                  const Mask& exact_mask, bool half, float softmax_scale, float softcap, float skip, int threads,
+                  const Array<float>& out, const Array<float>& lse) {
   require(key_packed.ndim() == 4, "packed codes [B, G, T, bytes]");
   AttendCall call{};
   call.batch = key_packed.shape(0), call.kv_heads = key_books.heads, call.tokens = key_packed.shape(2);
@@ -237,7 +274,19 @@ void attend_codes(const Array<const float>& query, const Array<const uint8_t>& k
   call.softcap = softcap;
   call.skip = skip;
   call.threads = threads;
-  run_attend(query, call, mask, out, lse);
+  place_query(call, query, mask);
+  place_results(call, out, lse);
+  require(exact_keys.has_value() == exact_values.has_value(), "exact keys and values together");
+  std::optional<AttendCall> exact;
+  if (exact_keys) {
+    exact = exact_call(*exact_keys, *exact_values, half, softmax_scale, softcap, threads);
+    require(exact->kv_heads == call.kv_heads && exact->value.dim == call.value.dim, "exact keys and values unlike the coded ones");
+    place_query(*exact, query, exact_mask);
+  }
+  if (lse.size() == 0) return;
+  nb::gil_scoped_release free;
+  attend(call);
+  if (exact) attend_too(*exact, call);
 }
 
 void attend_codes_in_pages(const Array<const float>& query, const Array<const int32_t>& table, const Array<const int32_t>& lengths,
@@ -301,16 +350,12 @@ void attend_codes_in_pages(const Array<const float>& query, const Array<const in
 void attend_exact(const Array<const float>& query, const Array<const float>& keys, const Array<const float>& values,
                   const Mask& mask, bool half, float softmax_scale, float softcap, int threads, const Array<float>& out,
                   const Array<float>& lse) {
-  require(keys.ndim() == 4, "keys [B, G, T, D]");
-  AttendCall call{};
-  call.batch = keys.shape(0), call.kv_heads = keys.shape(1), call.tokens = keys.shape(2);
-  call.key = dense_side(keys, call.batch, call.kv_heads, call.tokens);
-  call.value = dense_side(values, call.batch, call.kv_heads, call.tokens);
-  call.half = half;
-  call.softmax_scale = softmax_scale;
-  call.softcap = softcap;
-  call.threads = threads;
-  run_attend(query, call, mask, out, lse);
+  AttendCall call = exact_call(keys, values, half, softmax_scale, softcap, threads);
+  place_query(call, query, mask);
+  place_results(call, out, lse);
+  if (lse.size() == 0) return;
+  nb::gil_scoped_release free;
+  attend(call);
 }
 
 // Reads memory once and returns a sum of it: what no attention over that memory can be faster than.
@@ -378,9 +423,10 @@ NB_MODULE(KV_MODULE, m) {
   m.def("code", &code_arrays, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
         nb::arg());
   m.def("decode", &decode_arrays);
+  m.def("unrotate", &unrotate_arrays);
   m.def("attend_codes", &attend_codes, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-        nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
-        nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
+        nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(),
+        nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
   m.def("attend_pages", &attend_codes_in_pages, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
         nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(),
         nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());

@@ -12,20 +12,35 @@
 namespace kvfold {
 namespace {
 
-struct Job {
-  int64_t count;
-  const std::function<void(int64_t)>& work;
+// Items of a thread's own stretch, and where it has got to.
+struct alignas(64) Stretch {
   std::atomic<int64_t> next{0};
+  int64_t end = 0;
+};
+
+struct Job {
+  const std::function<void(int64_t)>& work;
+  std::vector<Stretch> stretches;
+  std::atomic<size_t> begun{0};  // threads
   std::mutex guard;
   std::exception_ptr failure;
 
-  Job(int64_t count, const std::function<void(int64_t)>& work) : count(count), work(work) {}
+  Job(int64_t count, int64_t parts, const std::function<void(int64_t)>& work) : work(work), stretches(parts) {
+    for (int64_t i = 0; i < parts; i++) {
+      stretches[i].next = count * i / parts;
+      stretches[i].end = count * (i + 1) / parts;
+    }
+  }
 
   void run() {
+    const size_t first = begun.fetch_add(1, std::memory_order_relaxed);
     try {
-      for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(item);
+      for (size_t i = 0; i < stretches.size(); i++) {
+        Stretch& own = stretches[(first + i) % stretches.size()];
+        for (int64_t item; (item = own.next.fetch_add(1, std::memory_order_relaxed)) < own.end;) work(item);
+      }
     } catch (...) {
-      next.store(count);
+      for (Stretch& stretch : stretches) stretch.next.store(stretch.end);
       std::lock_guard<std::mutex> lock(guard);
       failure = std::current_exception();
     }
@@ -40,11 +55,7 @@ Parallel openmp() {
   return found;
 }
 
-}  // namespace
-
-void parallel_for(int threads, int64_t count, const std::function<void(int64_t)>& work) {
-  Job job(count, work);
-  const int64_t useful = std::min<int64_t>(threads, count);
+void run(int threads, int64_t useful, Job& job) {
   if (useful <= 1) {
     job.run();
   } else if (Parallel parallel = openmp()) {
@@ -57,6 +68,19 @@ void parallel_for(int threads, int64_t count, const std::function<void(int64_t)>
     for (std::thread& other : others) other.join();
   }
   if (job.failure) std::rethrow_exception(job.failure);
+}
+
+}  // namespace
+
+void parallel_for(int threads, int64_t count, const std::function<void(int64_t)>& work) {
+  Job job(count, 1, work);
+  run(threads, std::min<int64_t>(threads, count), job);
+}
+
+void parallel_stretches(int threads, int64_t count, const std::function<void(int64_t)>& work) {
+  const int64_t useful = std::max<int64_t>(1, std::min<int64_t>(threads, count));
+  Job job(count, useful, work);
+  run(threads, useful, job);
 }
 
 }  // namespace kvfold

@@ -10,4 +10,8 @@ namespace kvfold {
 // An exception in `work` is rethrown here after all threads stopped.
 void parallel_for(int threads, int64_t count, const std::function<void(int64_t)>& work);
 
+// The same for items whose neighbours read the same memory: every thread begins with a stretch of its own, and takes from those of
+// others when it is through.
+void parallel_stretches(int threads, int64_t count, const std::function<void(int64_t)>& work);
+
 }  // namespace kvfold

@@ -1,18 +1,16 @@
 // Vectors divided by their stored scale, cut into groups and weighted, ready for the search; the definition is
 // ops/encode/code.py, `scaled_groups`.
-#include "kernels.h"
+#include "scale.h"
+
 #include "lanes.h"
-#include "pool.h"
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <vector>
 
 namespace kvfold {
 namespace {
 
-constexpr int64_t kBlock = 64;     // tokens of a piece of work
 constexpr int kParts = 8;          // of a sum in double precision
 constexpr float kConstant = 1024;  // a vector so many times larger than its spread would leave float16 if divided by it
 
@@ -37,69 +35,65 @@ float spread_of(const float* x, int64_t dim) {
   return spread * kConstant < peak ? peak : spread;
 }
 
-uint16_t half_bits(float x) {
-  const _Float16 half = static_cast<_Float16>(x);
-  uint16_t bits;
-  std::memcpy(&bits, &half, sizeof bits);
-  return bits;
-}
+// `x W` of kVectors vectors [..][dim], `stride` apart; W [dim][dim]. Several at once, so that sums need not wait for each other.
+constexpr int kVectors = 4;
 
-float from_half_bits(uint16_t bits) {
-  _Float16 half;
-  std::memcpy(&half, &bits, sizeof half);
-  return static_cast<float>(half);
-}
-
-// `x W`, W [dim][dim].
-void weigh(const float* x, const float* weights, int64_t dim, float* to) {
+template <int kCount>
+void weigh(const float* x, int64_t stride, const float* weights, int64_t dim, float* to) {
   int64_t c = 0;
   for (; c + 2 * lanes <= dim; c += 2 * lanes) {
-    vf first = vf{}, second = vf{};
+    vf sums[kCount][2] = {};
     for (int64_t j = 0; j < dim; j++) {
-      first += x[j] * load(weights + j * dim + c);
-      second += x[j] * load(weights + j * dim + c + lanes);
+      const vf low = load(weights + j * dim + c), high = load(weights + j * dim + c + lanes);
+      for (int k = 0; k < kCount; k++) {
+        sums[k][0] += x[k * stride + j] * low;
+        sums[k][1] += x[k * stride + j] * high;
+      }
     }
-    store(to + c, first);
-    store(to + c + lanes, second);
+    for (int k = 0; k < kCount; k++) {
+      store(to + k * stride + c, sums[k][0]);
+      store(to + k * stride + c + lanes, sums[k][1]);
+    }
   }
-  for (; c < dim; c++) {
-    float sum = 0;
-    for (int64_t j = 0; j < dim; j++) sum += x[j] * weights[j * dim + c];
-    to[c] = sum;
-  }
+  for (; c < dim; c++)
+    for (int k = 0; k < kCount; k++) {
+      float sum = 0;
+      for (int64_t j = 0; j < dim; j++) sum += x[k * stride + j] * weights[j * dim + c];
+      to[k * stride + c] = sum;
+    }
 }
 
 }  // namespace
 
-void scaled_groups(const ScaleCall& call) {
-  const int64_t blocks = (call.tokens + kBlock - 1) / kBlock, groups = call.groups, dim = call.dim, width = groups * dim;
-  const int64_t pieces = call.batch * call.heads * blocks;
-  parallel_for(pieces < 2 * call.threads ? 1 : call.threads, pieces, [&](int64_t item) {
-    const int64_t pair = item / blocks, first = item % blocks * kBlock, last = std::min(call.tokens, first + kBlock);
-    const int64_t b = pair / call.heads, g = pair % call.heads;
-    std::vector<float> group(width);
-    for (int64_t t = first; t < last; t++) {
-      const float* x = call.x + b * call.batch_stride + g * call.head_stride + t * call.token_stride;
-      const float spread = spread_of(x, width);
-      const int64_t at = pair * call.tokens + t;
-      float scale;
-      if (call.short_scales) {
-        const int bits = (half_bits(std::min(spread, 61440.0f)) + 64) >> 7;  // packing.pack_scale
-        call.short_scales[at] = static_cast<uint8_t>(bits);
-        scale = from_half_bits(static_cast<uint16_t>(bits << 7));
-      } else {
-        const uint16_t bits = half_bits(std::min(spread, 65504.0f));
-        call.scales[at] = bits;
-        scale = from_half_bits(bits);
-      }
-      const float divisor = scale > 0 ? scale : 1.0f;
-      float* to = call.vectors + at * width;
-      float* scaled = call.weights ? group.data() : to;
-      for (int64_t i = 0; i < width; i++) scaled[i] = x[call.channels[i]] / divisor;
-      if (call.weights)
-        for (int64_t p = 0; p < groups; p++) weigh(scaled + p * dim, call.weights + (g * groups + p) * dim * dim, dim, to + p * dim);
+void scaled_groups(const ScaleCall& call, int64_t b, int64_t g, int64_t first, int64_t count, float* vectors) {
+  const int64_t dim = call.dim, width = call.groups * dim;
+  std::vector<float> unweighted(call.weights ? count * width : 0);
+  float* const scaled = call.weights ? unweighted.data() : vectors;
+  for (int64_t t = 0; t < count; t++) {
+    const float* x = call.x + b * call.batch_stride + g * call.head_stride + (first + t) * call.token_stride;
+    const float spread = spread_of(x, width);
+    const int64_t at = (b * call.heads + g) * call.tokens + first + t;
+    float scale;
+    if (call.short_scales) {
+      const int bits = (to_half(std::min(spread, 61440.0f)) + 64) >> 7;  // packing.pack_scale
+      call.short_scales[at] = static_cast<uint8_t>(bits);
+      scale = half_to_float(static_cast<uint16_t>(bits << 7));
+    } else {
+      const uint16_t bits = to_half(std::min(spread, 65504.0f));
+      call.scales[at] = bits;
+      scale = half_to_float(bits);
     }
-  });
+    const float divisor = scale > 0 ? scale : 1.0f;
+    for (int64_t i = 0; i < width; i++) scaled[t * width + i] = x[call.channels[i]] / divisor;
+  }
+  if (!call.weights) return;
+  for (int64_t p = 0; p < call.groups; p++) {
+    const float* weights = call.weights + (g * call.groups + p) * dim * dim;
+    int64_t t = 0;
+    for (; t + kVectors <= count; t += kVectors)
+      weigh<kVectors>(scaled + t * width + p * dim, width, weights, dim, vectors + t * width + p * dim);
+    for (; t < count; t++) weigh<1>(scaled + t * width + p * dim, width, weights, dim, vectors + t * width + p * dim);
+  }
 }
 
 }  // namespace kvfold

@@ -96,6 +96,18 @@ def test_scores_are_capped_before_the_mask(backend: str, softcap: float, kind: s
     check(got, reference.attention(query, reference.decoded(key), reference.decoded(value), mask, 0.5, softcap))
 
 
+@pytest.mark.parametrize("kind", ["none", "random"])
+@pytest.mark.parametrize(("queries", "tokens", "exact"), [(1, 63, 90), (1, 1500, 1), (5, 700, 70), (40, 300, 9), (1, 300, 0)])
+def test_coded_and_exact_tokens_are_attended_together(backend: str, queries: int, tokens: int, exact: int, kind: str) -> None:
+    query, key, value = torch.randn(2, 4, queries, 16), scattered(2, 2, tokens), scattered(2, 2, tokens)
+    keys, values, mask = torch.randn(2, 2, exact, 16), torch.randn(2, 2, exact, 16), masks(kind, 2, queries, tokens + exact)
+    coded_mask, exact_mask = (None, None) if mask is None else (mask[..., :tokens], mask[..., tokens:])
+    too = ops.Exact(keys, values, exact_mask)
+    got = ops.attend_both(query, key, value, None, coded_mask, too, 0.25, backend=backend)
+    whole = (torch.cat((reference.decoded(side), own), 2) for side, own in ((key, keys), (value, values)))
+    check(got, reference.attention(query, *whole, mask, 0.25))
+
+
 @pytest.mark.parametrize("visible", [True, False])
 def test_values_may_have_another_dim_than_keys(backend: str, visible: bool) -> None:
     query, key, value = torch.randn(2, 2, 5, 16), scattered(2, 2, 30), scattered(2, 2, 30, dim=24)

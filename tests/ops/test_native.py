@@ -334,14 +334,16 @@ def test_a_bound_that_is_none_is_told(given: str, monkeypatch: pytest.MonkeyPatc
 def test_the_number_of_threads_changes_nothing() -> None:
     key, value = coded(1, 3, 20_000, 64, strided=True), coded(1, 3, 20_000, 64)
     query, prompt = torch.randn(1, 9, 1, 64), torch.randn(1, 9, 100, 64)
-    vectors = torch.randn(1, 3, 500, 2, 32)
+    vectors, recent = torch.randn(1, 3, 500, 2, 32), torch.randn(1, 3, 90, 64)
     results = []
     for number in (1, 2, 5):
         torch.set_num_threads(number)
         step = ops.attend(query, key, value, rotation(20_000, 64), None, 0.125, backend="cpu")
         whole = ops.attend(prompt, key, value, None, None, 0.125, backend="cpu")
+        together = ops.attend_both(query, key, value, None, None, ops.Exact(recent, recent, None), 0.125, backend="cpu")
         codes = ops.encode(vectors, key.codebooks, key.book, 3, "cpu")
-        results.append((*step, *whole, codes))
+        stored = ops.code(vectors.flatten(3), key.codebooks, key.book, key.channels, None, key.bits, 3, backend="cpu")
+        results.append((*step, *whole, *together, codes, *stored))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -353,6 +355,9 @@ def test_fake_tensors_see_the_shapes() -> None:
         fake = mode.from_tensor
         out, lse = ops.attend(fake(torch.randn(2, 4, 5, 64)), key, value, turned, None, 1.0, backend="cpu")
         assert (out.shape, lse.shape, out.dtype) == ((2, 4, 5, 64), (2, 4, 5), torch.float32)
+        too = ops.Exact(fake(torch.randn(2, 2, 9, 64)), fake(torch.randn(2, 2, 9, 64)), None)
+        out, lse = ops.attend_both(fake(torch.randn(2, 4, 5, 64)), key, value, turned, None, too, 1.0, backend="cpu")
+        assert (out.shape, lse.shape) == ((2, 4, 5, 64), (2, 4, 5))
         vectors = fake(torch.randn(2, 2, 7, 2, 32))
         codes = ops.encode(vectors, key.codebooks, key.book, 1, "cpu")
         assert (codes.shape, codes.dtype) == ((2, 2, 7, 8, 2), torch.int32)

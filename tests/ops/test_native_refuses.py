@@ -27,6 +27,16 @@ def test_codes_that_name_no_codeword_are_refused(side: str, tokens: int) -> None
         ops.attend(torch.randn(1, 4, 1, 64), sides["key"], sides["value"], None, None, 1.0, backend="cpu")
 
 
+@pytest.mark.parametrize("keys", [(1, 3, 9, 64), (2, 2, 9, 64), (1, 2, 9, 32), (1, 2, 8, 64)], ids=str)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_exact_tokens_unlike_the_coded_ones_are_refused(keys: tuple[int, ...], swapped: bool) -> None:
+    exact = [torch.zeros(keys), torch.zeros(1, 2, 9, 64)]
+    too = ops.Exact(*(reversed(exact) if swapped else exact), None)
+    sides = coded(1, 2, 300, 64), coded(1, 2, 300, 64)
+    with pytest.raises(ValueError, match=r"shape of|unlike the coded"):
+        ops.attend_both(torch.randn(1, 4, 1, 64), *sides, None, None, too, 1.0, backend="cpu")
+
+
 @pytest.mark.parametrize("code", [-1, 7, 2**31 - 1])
 def test_decode_refuses_codes_out_of_range(code: int) -> None:
     codes = torch.zeros(1, 2, 3, 1, 1, dtype=torch.int32)

@@ -28,11 +28,18 @@ def test_rotation_is_multiplication_by_a_complex_number(rotary: int, factor: flo
 
 @VARIANTS
 @pytest.mark.parametrize("rows", [1, 2])
-def test_unrotate_inverts_rotate(rotary: int, factor: float, interleaved: bool, rows: int) -> None:
-    x, positions = torch.randn(2, 3, 9, DIM), torch.randint(100_000, (rows, 9))
+def test_unrotate_inverts_rotate(backend: str, rotary: int, factor: float, interleaved: bool, rows: int) -> None:
+    x = torch.randn(2, 300, 3, DIM).transpose(1, 2)  # as models lay keys out
+    positions = torch.randint(100_000, (rows, 300))
     arguments = (positions, frequencies(rotary), factor, interleaved)
-    assert torch.allclose(ops.unrotate(ops.rotate(x, *arguments), *arguments), x, atol=2e-6)
-    assert torch.allclose(ops.rotate(ops.unrotate(x, *arguments), *arguments), x, atol=2e-6)
+    assert torch.allclose(ops.unrotate(ops.rotate(x, *arguments), *arguments, backend), x, atol=2e-6)
+    assert torch.allclose(ops.rotate(ops.unrotate(x, *arguments, backend), *arguments), x, atol=2e-6)
+
+
+def test_unrotate_takes_gradients(backend: str) -> None:
+    x, positions = torch.randn(2, 3, 9, DIM, requires_grad=True), torch.arange(9)[None]
+    got = ops.unrotate(x, positions, frequencies(16), 2.0, backend=backend)
+    assert torch.allclose(torch.autograd.grad(got.square().sum(), x)[0], x / 2, atol=1e-5)
 
 
 @VARIANTS

@@ -115,9 +115,11 @@ class CodedLayer(CacheLayerMixin):
         self.length = old + queries
         for name, new in (("keys", key_states), ("values", value_states)):
             to_sinks = max(0, min(self.sinks, self.length) - old)
+            rest = new
             if to_sinks:
                 self.exact["sink_" + name] = torch.cat((self.exact["sink_" + name], new[:, :, :to_sinks]), 2)
-            self.exact[name] = torch.cat((self.exact[name], new[:, :, to_sinks:]), 2)
+                rest = new[:, :, to_sinks:]
+            self.exact[name] = torch.cat((self.exact[name], rest), 2)
         before = self.coded
         self.encode_until(self._boundary(self.length))
         boundaries = self._boundaries(old, before) if queries > 1 and self.coded > before else None
@@ -274,14 +276,24 @@ class CodedLayer(CacheLayerMixin):
 
     def _view(self, boundaries: Tensor | None) -> CacheView:
         skip = 0 if boundaries is not None else self.coded - self._tail_start
-        keys = torch.cat((self.exact["sink_keys"], self.exact["keys"][:, :, skip:]), 2)
-        values = torch.cat((self.exact["sink_values"], self.exact["values"][:, :, skip:]), 2)
+        tail = [self.exact["keys"], self.exact["values"]]
+        if skip:
+            tail = [tensor[:, :, skip:] for tensor in tail]
+        keys = torch.cat((self.exact["sink_keys"], tail[0]), 2)
+        values = torch.cat((self.exact["sink_values"], tail[1]), 2)
         sinks = self.exact["sink_keys"].shape[2]
         start = self._tail_start + skip
         return CacheView(self._pieces(), keys, values, sinks, start, self.length, boundaries)
 
     def _pieces(self) -> list[CodedPiece]:
-        pieces, start = [], self.sinks
+        """The past in pieces; in most steps the same as before, for only a full block is coded."""
+        if self.past.known is None:
+            self.past.known = self._made_pieces()
+        return self.past.known
+
+    def _made_pieces(self) -> list[CodedPiece]:
+        pieces: list[CodedPiece] = []
+        start = self.sinks
         for segment in self.past.segments:
             keys, values = segment.keys.codes(), segment.values.codes()
             if keys is None or values is None or not keys.tokens:

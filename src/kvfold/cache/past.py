@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -39,6 +40,7 @@ class CodedPast:
 
     Attributes:
         segments: oldest first, levels falling; empty before the first append.
+        known: what a reader made of what is stored, to be read again; None once that has changed.
         level, lowered: what `settle` asked for: the first `lowered` tokens at `level + 1`, later ones at `level`.
         limit: tokens that will never be exceeded, so that growing does not allocate past a memory limit; None if unknown.
     """
@@ -48,6 +50,7 @@ class CodedPast:
         self.segments: list[Segment] = []
         self.level = self.lowered = 0
         self.limit = limit
+        self.known: Any = None
 
     @property
     def tokens(self) -> int:
@@ -55,6 +58,7 @@ class CodedPast:
 
     def append(self, keys: Codes, values: Codes, level: int = 0) -> None:
         """Add codes of `level` behind those that are there, lowered as `settle` asked for."""
+        self.known = None
         start, count = self.tokens, keys.tokens
         first = max(0, min(self.lowered - start, count))
         for part, wanted in ((slice(0, first), self.level + 1), (slice(first, count), self.level)):
@@ -70,6 +74,7 @@ class CodedPast:
             start += segment.keys.tokens
         if not due:
             return
+        self.known = None  # it holds the buffers
         old, self.segments = self.segments, []
         while old:  # one by one, so that no more than one is held twice
             segment = old.pop(0)
@@ -81,6 +86,7 @@ class CodedPast:
 
     def crop(self, tokens: int) -> None:
         """Keep the first `tokens`."""
+        self.known = None
         for segment in self.segments:
             for store in segment.stores:
                 store.crop(tokens)
@@ -89,6 +95,7 @@ class CodedPast:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace each buffer by `function(buffer)`, which may change its batch axis or device."""
+        self.known = None
         for segment in self.segments:
             for store in segment.stores:
                 store.map(function)

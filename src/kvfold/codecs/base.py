@@ -237,10 +237,11 @@ def attend(
     mask: Tensor | None,
     softmax_scale: float,
     softcap: float | None,
+    exact: ops.Exact | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over coded keys and values, `(out, lse)`: fused where both methods can, else decoded tile by tile.
 
-    Arguments as in `ops.attend`; `rotation` is None unless the key codec reads positions.
+    Arguments as in `ops.attend`; `rotation` is None unless the key codec reads positions. `exact` tokens are attended too.
     """
     (key_codec, key_codes), (value_codec, value_codes) = keys, values
     key, value = key_codec.coded(key_codes), value_codec.coded(value_codes)
@@ -248,7 +249,12 @@ def attend(
         if key.center is not None and rotation is None:  # a model without RoPE: the center stands still
             positions = torch.zeros(1, key_codes.tokens, dtype=torch.int64, device=query.device)
             rotation = ops.Rotation(positions, torch.empty(0, device=query.device), 1.0, False)
+        if exact is not None:
+            return ops.attend_both(query, key, value, rotation, mask, exact, softmax_scale, softcap)
         return ops.attend(query, key, value, rotation, mask, softmax_scale, softcap)
+    if exact is not None:
+        coded = attend(query, keys, values, rotation, mask, softmax_scale, softcap)
+        return ops.merge([coded, ops.attend_exact(query, *exact, softmax_scale, softcap)])
 
     key_basis = key_codec.basis if rotation is None else None  # keys that are rotated when read are needed as they are
     value_basis = value_codec.basis

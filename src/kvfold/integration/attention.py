@@ -63,14 +63,7 @@ def _attend_rows(
 ) -> Tensor:
     """`mask` bool `[B or 1, 1, Q, T]`, None for a single query that sees all; `boundaries [Q, 1]` or None: see `CacheView`."""
     slots = None if boundaries is None else torch.arange(view.length, device=query.device)
-    parts = []
-    for piece in view.pieces:
-        chosen = slice(piece.start, piece.stop)
-        piece_mask = None if mask is None else mask[..., chosen]
-        if piece_mask is not None and slots is not None and boundaries is not None:
-            piece_mask = piece_mask & (slots[chosen] < boundaries)
-        keys, values = (piece.key_codec, piece.keys), (piece.value_codec, piece.values)
-        parts.append(attend(query, keys, values, piece.rotation, piece_mask, scale, softcap))
+    exact = None
     if view.keys.shape[2]:
         exact_mask = None
         if mask is not None:
@@ -78,7 +71,18 @@ def _attend_rows(
             if slots is not None and boundaries is not None:
                 exact_mask = exact_mask & (slots[view.exact_start :] >= boundaries)
             exact_mask = torch.cat((mask[..., : view.sinks], exact_mask), -1)
-        parts.append(ops.attend_exact(query, view.keys, view.values, exact_mask, scale, softcap))
+        exact = ops.Exact(view.keys, view.values, exact_mask)
+        if not view.pieces:
+            return ops.attend_exact(query, *exact, scale, softcap)[0]
+    parts = []
+    for piece in view.pieces:
+        chosen = slice(piece.start, piece.stop)
+        piece_mask = None if mask is None else mask[..., chosen]
+        if piece_mask is not None and slots is not None and boundaries is not None:
+            piece_mask = piece_mask & (slots[chosen] < boundaries)
+        keys, values = (piece.key_codec, piece.keys), (piece.value_codec, piece.values)
+        too = exact if piece is view.pieces[-1] else None  # in one call with the newest coded tokens
+        parts.append(attend(query, keys, values, piece.rotation, piece_mask, scale, softcap, too))
     return ops.merge(parts)[0]
 
 

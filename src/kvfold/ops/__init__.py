@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from kvfold.ops.attend.naive import Coded, Rotation, attend_tiles, decode_tile, rotated_center
+from kvfold.ops.attend.naive import Coded, Exact, Rotation, attend_tiles, decode_tile, rotated_center
 from kvfold.ops.attend.pages import alike
 from kvfold.ops.dispatch import available_backends, select
 from kvfold.ops.encode.code import scaled_groups
 from kvfold.ops.merge import merge
-from kvfold.ops.rope import rotate, unrotate
+from kvfold.ops.rope import rotate
 
 
 def encode(vectors: Tensor, codebooks: Tensor, book: Tensor, beam: int = 1, backend: str | None = None) -> Tensor:
@@ -68,6 +68,22 @@ def attend_exact(
     return run(query, keys, values, mask, softmax_scale, softcap)
 
 
+def attend_both(
+    query: Tensor,
+    key: Coded,
+    value: Coded,
+    rotation: Rotation | None,
+    mask: Tensor | None,
+    exact: Exact,
+    softmax_scale: float,
+    softcap: float | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention on residual codes and on exact keys and values, `(out, lse)`; see `ops/attend/naive.py`."""
+    run = select("attend_both", backend, query.device.type)
+    return run(query, key, value, rotation, mask, exact, softmax_scale, softcap)
+
+
 def attend_pages(
     query: Tensor,
     key: Coded,
@@ -84,11 +100,20 @@ def attend_pages(
     return run(query, key, value, table, lengths, rotation, softmax_scale, softcap)
 
 
+def unrotate(
+    x: Tensor, positions: Tensor, inv_freq: Tensor, factor: float = 1.0, interleaved: bool = False, backend: str | None = None
+) -> Tensor:
+    """Inverse of `rotate`; see `ops/rope.py`."""
+    return select("unrotate", backend, x.device.type)(x, positions, inv_freq, factor, interleaved)
+
+
 __all__ = [
     "Coded",
+    "Exact",
     "Rotation",
     "alike",
     "attend",
+    "attend_both",
     "attend_exact",
     "attend_pages",
     "attend_tiles",

@@ -17,7 +17,7 @@ from functools import cache, partial
 import torch
 
 from kvfold.errors import InputError
-from kvfold.ops import native
+from kvfold.ops import native, rope
 from kvfold.ops.attend import cpu as cpu_attend
 from kvfold.ops.attend import naive as naive_attend
 from kvfold.ops.attend import pages
@@ -33,16 +33,20 @@ _BACKENDS: dict[str, dict[str, Callable]] = {
         "encode": naive_encode.encode,
         "code": partial(code, naive_encode.encode),
         "decode": naive_decode.decode,
+        "unrotate": rope.unrotate,
         "attend": naive_attend.attend,
         "attend_exact": naive_attend.attend_exact,
+        "attend_both": partial(naive_attend.attend_both, naive_attend.attend, naive_attend.attend_exact),
         "attend_pages": partial(pages.attend_pages, naive_attend.attend),
     },
     "cpu": {
         "encode": cpu_encode.encode,
         "code": cpu_encode.code,
         "decode": cpu_decode.decode,
+        "unrotate": rope.unrotate_cpu,
         "attend": cpu_attend.attend,
         "attend_exact": cpu_attend.attend_exact,
+        "attend_both": cpu_attend.attend_both,
         "attend_pages": cpu_attend.attend_pages,
     },
 }
@@ -86,9 +90,10 @@ def _missing(name: str) -> str | None:
 def _gpu() -> dict[str, Callable]:
     """Imported when first needed: Triton takes a second, and has to know by then whether it is to interpret."""
     encode, decode, attend = (importlib.import_module(f"kvfold.ops.{op}.gpu") for op in ("encode", "decode", "attend"))
-    found = {"encode": encode.encode, "decode": decode.decode, "attend": attend.attend}
+    found = {"encode": encode.encode, "decode": decode.decode, "attend": attend.attend, "unrotate": rope.unrotate}
     found |= {"attend_pages": partial(pages.attend_pages, attend.attend), "code": encode.code}
-    return {**found, "attend_exact": naive_attend.attend_exact}  # exact tokens are few: PyTorch's own products
+    exact = naive_attend.attend_exact  # exact tokens are few: PyTorch's own products
+    return {**found, "attend_exact": exact, "attend_both": partial(naive_attend.attend_both, attend.attend, exact)}
 
 
 @cache

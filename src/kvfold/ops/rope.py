@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvfold.ops import native
+
 
 def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor, factor: float = 1.0, interleaved: bool = False) -> Tensor:
     """Rotate `x [B, G, T, D]` to its positions.
@@ -28,6 +30,21 @@ def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor, factor: float = 1.0, 
 def unrotate(x: Tensor, positions: Tensor, inv_freq: Tensor, factor: float = 1.0, interleaved: bool = False) -> Tensor:
     """Inverse of `rotate`, same arguments."""
     return _turn(x, positions, inv_freq, 1.0 / factor, -1.0 / factor, interleaved)
+
+
+def unrotate_cpu(x: Tensor, positions: Tensor, inv_freq: Tensor, factor: float = 1.0, interleaved: bool = False) -> Tensor:
+    """As `unrotate`, in C++ (csrc/rope.cpp); what is traced or takes gradients is left to PyTorch."""
+    if type(x) is not Tensor or torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+        return unrotate(x, positions, inv_freq, factor, interleaved)
+    x, array = x.float(), native.array
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    out = torch.empty(x.shape, dtype=torch.float32)
+    frequencies = inv_freq.float().contiguous()
+    places = positions.to(torch.int32).contiguous()
+    native.module().unrotate(
+        array(x), array(places), array(frequencies), factor, interleaved, torch.get_num_threads(), array(out)
+    )
+    return out
 
 
 def _turn(x: Tensor, positions: Tensor, inv_freq: Tensor, cos_by: float, sin_by: float, interleaved: bool) -> Tensor:

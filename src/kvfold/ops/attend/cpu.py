@@ -17,8 +17,9 @@ from torch import Tensor
 
 from kvfold.errors import InputError
 from kvfold.ops import native
-from kvfold.ops.attend.naive import Coded, Rotation
+from kvfold.ops.attend.naive import Coded, Exact, Rotation
 
+_NOTHING = (None, None, None)
 SKIP = 1e-4  # `KVFOLD_SKIP` sets another; 0 reads every value
 
 
@@ -32,12 +33,29 @@ def attend(
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `naive.attend`; ValueError for a code that names no codeword."""
+    return attend_both(query, key, value, rotation, mask, _NOTHING, softmax_scale, softcap)
+
+
+def attend_both(
+    query: Tensor,
+    key: Coded,
+    value: Coded,
+    rotation: Rotation | None,
+    mask: Tensor | None,
+    exact: Exact | tuple[None, None, None],
+    softmax_scale: float,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `naive.attend_both`, in one call; ValueError for a code that names no codeword."""
     positions, inv_freq, factor, interleaved = rotation or (None, None, 1.0, False)
-    return torch.ops.kvfold.attend_codes(
+    # A decode step calls this once a layer, and torch's dispatcher takes as long as all else here: only who traces needs it.
+    traced = type(query) is not Tensor or torch.compiler.is_compiling()
+    run = torch.ops.kvfold.attend_codes if traced else _attend_codes
+    return run(
         query,
         *(key.packed, key.scale, key.codebooks, key.book, key.channels, key.bits),
         *(value.packed, value.scale, value.codebooks, value.book, value.channels, value.bits),
-        *(key.center, positions, inv_freq, factor, interleaved, mask, softmax_scale, softcap or 0.0, _skip()),
+        *(key.center, positions, inv_freq, factor, interleaved, mask, *exact, softmax_scale, softcap or 0.0, _skip()),
     )
 
 
@@ -120,6 +138,9 @@ def _attend_codes(
     factor: float,
     interleaved: bool,
     mask: Tensor | None,
+    exact_keys: Tensor | None,
+    exact_values: Tensor | None,
+    exact_mask: Tensor | None,
     softmax_scale: float,
     softcap: float,
     skip: float,
@@ -142,6 +163,9 @@ def _attend_codes(
         factor,
         interleaved,
         None if mask is None else array(mask.view(torch.uint8)),
+        None if exact_keys is None else array(exact_keys.float()),
+        None if exact_values is None else array(exact_values.float()),
+        None if exact_mask is None else array(exact_mask.view(torch.uint8)),
         query.dtype == torch.bfloat16,
         softmax_scale,
         softcap,
@@ -190,7 +214,8 @@ native.LIBRARY.define(
         for side in ("key", "value")
     )
     + "Tensor? key_center, Tensor? positions, Tensor? inv_freq, float factor, bool interleaved, Tensor? mask, "
-    "float softmax_scale, float softcap, float skip) -> (Tensor, Tensor)"
+    "Tensor? exact_keys, Tensor? exact_values, Tensor? exact_mask, float softmax_scale, float softcap, float skip) "
+    "-> (Tensor, Tensor)"
 )
 native.LIBRARY.impl("attend_codes", _attend_codes, "CPU")
 native.LIBRARY.define(

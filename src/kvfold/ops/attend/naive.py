@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kvfold.ops.decode.naive import decode
+from kvfold.ops.merge import merge
 from kvfold.ops.rope import rotate
 from kvfold.packing import unpack, unpack_scale
 
@@ -49,6 +50,14 @@ class Rotation(NamedTuple):
     def slice(self, start: int, stop: int) -> Rotation:
         """Of tokens `start..stop-1`."""
         return self._replace(positions=self.positions[:, start:stop])
+
+
+class Exact(NamedTuple):
+    """Tokens attended exactly beside coded ones: keys (rotated) and values `[B, G, E, D]`, and their mask as in `attend`."""
+
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None
 
 
 def rotated_center(center: Tensor, rotation: Rotation) -> Tensor:
@@ -99,6 +108,23 @@ def attend_exact(
         return keys[:, :, start:stop], values[:, :, start:stop]
 
     return attend_tiles(query, read, keys.shape[2], mask, softmax_scale, softcap)
+
+
+def attend_both(
+    attend: Callable,
+    attend_exact: Callable,
+    query: Tensor,
+    key: Coded,
+    value: Coded,
+    rotation: Rotation | None,
+    mask: Tensor | None,
+    exact: Exact,
+    softmax_scale: float,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`attend` and `attend_exact`, joined: attention over coded tokens and exact ones. One call where a backend has it."""
+    coded = attend(query, key, value, rotation, mask, softmax_scale, softcap)
+    return merge([coded, attend_exact(query, exact.keys, exact.values, exact.mask, softmax_scale, softcap)])
 
 
 def decode_tile(coded: Coded, start: int, stop: int) -> Tensor:
