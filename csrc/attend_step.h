@@ -153,7 +153,7 @@ struct Step : Rows<kWidth> {
     const int64_t chunk_size = std::min(kStepChunk, even), chunks = (call.tokens + chunk_size - 1) / chunk_size;
     const int64_t value_dim = call.value.dim;
     const bool rotated = call.positions && !call.center;
-    const CenterTable center_table(call);
+    const auto center_table = call.center ? kept<CenterTable>(call) : nullptr;
 
     std::optional<KeyTables<kWidth>> tables;
     if (!rotated) tables.emplace(call, sets);
@@ -176,7 +176,7 @@ struct Step : Rows<kWidth> {
       Aligned<uint16_t> codes(value_bytes ? 0 : values.codes() * block);
       RotatedScores rotation(plan, call, b, g, first_row, rows);
       std::optional<CenterScores<kWidth>> center;
-      if (call.center) center.emplace(center_table, call, b, g, first_row, rows);
+      if (call.center) center.emplace(*center_table, call, b, g, first_row, rows);
       if (tables && !made_ahead) tables->make(pair * sets + set);
       Wide reference = Wide{} + std::numeric_limits<float>::infinity(), sum_of = Wide{}, lost = Wide{};
       float mass_of_all = 0;  // of weights times the values' scales, the row with the least
@@ -243,10 +243,10 @@ struct Step : Rows<kWidth> {
           Base::template add_mass<0>(codes.data(), values.codes(), places, count_kept, values.codes(), values.size, chosen, mass.data(), next);
         }
       }
-      mix(values, values.book.data() + g * values.codes(), mass.data(), rows, sums.data() + item * kWidth * value_dim);
+      mix(values, values.book.data() + (call.value.head + g) * values.codes(), mass.data(), rows, sums.data() + item * kWidth * value_dim);
       for (int r = 0; r < kWidth; r++) {
         total[item * kWidth + r] = sum_of[r];
-        skipped[item * kWidth + r] = lost[r] * values.longest[g];
+        skipped[item * kWidth + r] = lost[r] * values.longest[call.value.head + g];
       }
     });
 

@@ -122,7 +122,7 @@ class KeyTables {
     for (int64_t r = 0; r < rows; r++)
       for (int64_t i = 0; i < dim; i++)
         query[r * dim + i] = call_.query[(pair * all + first + r) * dim + books_.channels[i]] * call_.softmax_scale;
-    const int32_t* book = books_.book.data() + g * books_.codes();
+    const int32_t* book = books_.book.data() + (call_.key.head + g) * books_.codes();
     float* own = tables_.data() + item * size_;
     if (registers_) {
       const int64_t codes = books_.codes();
