@@ -243,7 +243,7 @@ struct Step : Rows<kWidth> {
           Base::template add_mass<0>(codes.data(), values.codes(), places, count_kept, values.codes(), values.size, chosen, mass.data(), next);
         }
       }
-      mix(values, values.book.data() + (call.value.head + g) * values.codes(), mass.data(), rows, sums.data() + item * kWidth * value_dim);
+      mix(values, values.book.data() + (call.value.head + g) * values.codes(), mass.data(), sums.data() + item * kWidth * value_dim);
       for (int r = 0; r < kWidth; r++) {
         total[item * kWidth + r] = sum_of[r];
         skipped[item * kWidth + r] = lost[r] * values.longest[call.value.head + g];
