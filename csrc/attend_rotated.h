@@ -161,21 +161,21 @@ class RotatedScores {
     const int64_t of = call_.key.books->codes();
     for (int64_t t = 0; t < count; t++, codes += stride, to += of) {
       int64_t l = 0;
-      for (; l + 32 <= of; l += 32) find_some(codes + l, to + l);
+      for (; l + kPlaced <= of; l += kPlaced) find_some(codes + l, to + l);
       for (; l < of; l++) to[l] = static_cast<Place>(static_cast<Place>(codes[l]) << 6);
     }
   }
 
+  static constexpr int64_t kPlaced = 16;  // codes at a time: a head of two groups has as few
+
   static void find_some(const uint8_t* codes, uint16_t* to) {
-    const __m512i wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
-    _mm512_storeu_si512(to, _mm512_slli_epi16(wide, 6));
+    const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_slli_epi16(wide, 6));
   }
 
   static void find_some(const uint16_t* codes, uint32_t* to) {
-    for (int64_t i = 0; i < 32; i += 16) {
-      const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i)));
-      _mm512_storeu_si512(to + i, _mm512_slli_epi32(wide, 6));
-    }
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+    _mm512_storeu_si512(to, _mm512_slli_epi32(wide, 6));
   }
 
   // Integers of group p of a token, scale 1. With kStages known, the tables of a group's stages lie one behind the other.

@@ -122,6 +122,17 @@ struct Step : Rows<kWidth> {
     least = fold(lowest, fewest);
   }
 
+  // How many of `count` weights reach `limit`, of the row of which most do.
+  static int64_t reaching(const float* weights, int64_t count, float limit) {
+    vi found[kTurns] = {};
+    for (int64_t t = 0; t < count; t += lanes)  // what follows the last key up to a whole lane vector is 0
+      for (int i = 0; i < kWidth; i++) found[i % kTurns] -= load(weights + t * kWidth + i * lanes) >= limit;
+    int64_t of_row[kWidth] = {};
+    for (int k = 0; k < kTurns; k++)
+      for (int i = 0; i < lanes; i++) of_row[(k * lanes + i) % kWidth] += found[k][i];
+    return *std::max_element(of_row, of_row + kWidth);
+  }
+
   // Those of `count` weights of which a row reaches `limit`, and their places; the others are added to `lost`.
   static int64_t keep(const float* weights, int64_t count, float limit, int32_t* places, float* kept, Wide& lost) {
     int64_t found = 0;
@@ -228,7 +239,8 @@ struct Step : Rows<kWidth> {
           }
           mass_of_all += least_mass;
           const float limit = skip * kSkipShare * mass_of_all / static_cast<float>(end - begin);
-          if (least_weight < limit) count_kept = keep(scores.data(), count, limit, kept.data(), weights.data(), lost);
+          const bool pays = least_weight < limit && 8 * reaching(scores.data(), count, limit) < 7 * count;  // else few are skipped
+          if (pays) count_kept = keep(scores.data(), count, limit, kept.data(), weights.data(), lost);
           if (count_kept < count) {
             chosen = weights.data();
             places = kept.data();
