@@ -11,6 +11,7 @@ namespace kvfold {
 namespace {
 
 constexpr int64_t kVectors = 64;  // of a piece of work
+constexpr int64_t kAlone = 256;   // groups of channels that one thread has coded before another is awake
 
 void pack(const int32_t* codes, int64_t count, int bits, uint8_t* to) {
   uint64_t window = 0;
@@ -31,6 +32,7 @@ void code(const CodeCall& call) {
   std::vector<float> vectors(all * scaling.groups * scaling.dim);
   std::vector<int32_t> codes(all * count);
   scaling.vectors = vectors.data();
+  if (all * scaling.groups < kAlone) scaling.threads = 1;
   scaled_groups(scaling);
   encode({vectors.data(), codes.data(), scaling.batch, scaling.tokens, call.beam, call.books, scaling.threads});
   const int64_t blocks = (all + kVectors - 1) / kVectors;
