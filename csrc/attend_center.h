@@ -15,13 +15,17 @@ constexpr int64_t kRun = 64;  // positions; whole lane vectors
 
 // cos(j f) and sin(j f) of every pair, [pairs][2][kRun].
 struct CenterTable {
+  std::vector<float> inv_freq;
   Aligned<float> waves;
 
-  explicit CenterTable(const AttendCall& call) : waves(call.center ? call.rotary * 2 * kRun : 0) {
-    if (!call.center) return;
+  explicit CenterTable(const AttendCall& call) : inv_freq(call.inv_freq, call.inv_freq + call.rotary), waves(call.rotary * 2 * kRun) {
     for (int64_t i = 0; i < call.rotary; i++)
       for (int64_t j = 0; j < kRun; j++)
         sine_cosine(static_cast<float>(j) * call.inv_freq[i], &waves[(2 * i + 1) * kRun + j], &waves[2 * i * kRun + j]);
+  }
+
+  bool fits(const AttendCall& call) const {
+    return static_cast<int64_t>(inv_freq.size()) == call.rotary && std::equal(inv_freq.begin(), inv_freq.end(), call.inv_freq);
   }
 };
 

@@ -18,47 +18,58 @@ constexpr int64_t kPiece = 8192;  // keys of a row that are attended in one piec
 
 // The codes and scales of `length` tokens of one row and KV head, as they lie in pages, one behind the other.
 void gather(const PagesCall& call, int64_t row, int64_t g, int64_t length, uint8_t* to) {
-  const Side& key = call.key;
-  for (int64_t first = 0; first < length; first += call.block) {
-    const int64_t page = call.table[row * call.table_stride + first / call.block], count = std::min(call.block, length - first);
+  const int64_t stride = call.key.token_stride, count = (length + call.block - 1) / call.block;
+  const auto page_of = [&](int64_t i) {
+    const int64_t page = call.table[row * call.table_stride + i];
     if (page < 0 || page >= call.pages) throw std::invalid_argument("a page that is not there");
-    const uint8_t* from = call.first + page * key.batch_stride + g * key.head_stride;
-    std::memcpy(to + first * key.token_stride, from, (count - 1) * key.token_stride + call.record);
+    return call.first + page * call.key.batch_stride + g * call.key.head_stride;
+  };
+  const uint8_t* from = page_of(0);
+  for (int64_t i = 0; i < count; i++) {
+    const uint8_t* const next = i + 1 < count ? page_of(i + 1) : from;
+    const int64_t some = std::min(call.block, length - i * call.block);
+    for (int64_t at = 0; next != from && at < call.block * stride; at += 64) __builtin_prefetch(next + at, 0, 2);
+    std::memcpy(to + i * call.block * stride, from, (some - 1) * stride + call.record);
+    from = next;
   }
 }
 
-// `side` of what was gathered at `at`, heads `head_stride` bytes apart.
-Side gathered(const Side& side, const uint8_t* first, const uint8_t* at, int64_t head_stride) {
+// `side` of what was gathered at `at`, heads from `head` on, `head_stride` bytes apart.
+Side gathered(const Side& side, const uint8_t* first, const uint8_t* at, int64_t head, int64_t head_stride) {
   Side own = side;
   own.packed = at + (side.packed - first);
   own.scale = at + (static_cast<const uint8_t*>(side.scale) - first);
   own.head_stride = head_stride;
   own.scale_head_stride = head_stride / (side.short_scale ? 1 : 2);
+  own.head = head;
   return own;
 }
 
-void attend_row(const PagesCall& call, int64_t row, int threads) {
-  const int64_t length = call.lengths[row], heads = call.row.kv_heads * call.row.shared;
+// KV heads head..head+count-1 of a row.
+void attend_heads(const PagesCall& call, int64_t row, int64_t head, int64_t count, int threads) {
+  const int64_t length = call.lengths[row], shared = call.row.shared, place = (row * call.row.kv_heads + head) * shared;
   AttendCall own = call.row;
-  own.query += row * heads * call.key.dim;
-  own.out += row * heads * call.value.dim;
+  own.query += place * call.key.dim;
+  own.out += place * call.value.dim;
+  own.kv_heads = count;
   if (length == 0) {
-    std::fill_n(own.out, heads * call.value.dim, 0.0f);
+    std::fill_n(own.out, count * shared * call.value.dim, 0.0f);
     return;
   }
-  thread_local std::vector<uint8_t> codes;
+  thread_local Aligned<uint8_t> codes;
   thread_local std::vector<float> lse;
   const int64_t head_stride = (length * call.key.token_stride + 63) / 64 * 64;
-  codes.resize(call.row.kv_heads * head_stride);
-  lse.resize(heads);
+  codes.resize(count * head_stride);
+  lse.resize(count * shared);
   uint8_t* const at = codes.data();
-  parallel_for(threads, call.row.kv_heads, [&](int64_t g) { gather(call, row, g, length, at + g * head_stride); });
+  parallel_for(threads, count, [&](int64_t i) { gather(call, row, head + i, length, at + i * head_stride); });
   own.lse = lse.data();
   own.tokens = length;
-  own.key = gathered(call.key, call.first, at, head_stride);
-  own.value = gathered(call.value, call.first, at, head_stride);
+  own.key = gathered(call.key, call.first, at, head, head_stride);
+  own.value = gathered(call.value, call.first, at, head, head_stride);
+  if (own.center) own.center += head * call.key.dim;
   own.threads = threads;
-  own.pieces = own.kv_heads * ((length + kPiece - 1) / kPiece);
+  own.pieces = count * ((length + kPiece - 1) / kPiece);
   attend(own);
 }
 
@@ -66,14 +77,17 @@ void attend_row(const PagesCall& call, int64_t row, int threads) {
 
 void attend_pages(const PagesCall& call) {
   const int threads = call.row.threads;
-  if (call.rows < 2 * threads) {  // too few to share out: every row by all threads
-    for (int64_t row = 0; row < call.rows; row++) attend_row(call, row, threads);
+  const int64_t heads = call.row.kv_heads, items = call.rows * heads;
+  if (items < 2 * threads) {  // too few to share out: every row by all threads
+    for (int64_t row = 0; row < call.rows; row++) attend_heads(call, row, 0, heads, threads);
     return;
   }
-  std::vector<int64_t> order(call.rows);  // the longest first, so that threads end together
+  // A head's rows one after the other, so that its codebooks stay in the second-level cache; the longest first, so that threads end
+  // together.
+  std::vector<int64_t> order(call.rows);
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return call.lengths[a] > call.lengths[b]; });
-  parallel_for(threads, call.rows, [&](int64_t item) { attend_row(call, order[item], 1); });
+  parallel_for(threads, items, [&](int64_t item) { attend_heads(call, order[item % call.rows], item / call.rows, 1, 1); });
 }
 
 }  // namespace kvfold

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
+#include <mutex>
 #include <vector>
 
 #include "kernels.h"
@@ -104,6 +106,19 @@ inline float largest_scale(const Side& side, int64_t b, int64_t g, int64_t token
   };
   return side.short_scale ? largest(static_cast<const uint8_t*>(side.scale) + at, 7)
                           : largest(static_cast<const uint16_t*>(side.scale) + at, 0);
+}
+
+// A table of the call's that is the same for many calls; those of a few models are kept: a model's layers mostly share one.
+template <class Table>
+std::shared_ptr<const Table> kept(const AttendCall& call) {
+  static std::mutex guard;
+  static std::vector<std::shared_ptr<const Table>> tables;
+  std::lock_guard<std::mutex> lock(guard);
+  for (const auto& known : tables)
+    if (known->fits(call)) return known;
+  if (tables.size() >= 8) tables.erase(tables.begin());
+  tables.push_back(std::make_shared<const Table>(call));
+  return tables.back();
 }
 
 // softcap * tanh(score / softcap)

@@ -10,8 +10,6 @@
 // or as many as keep the sum of products, at most |q| |k|, within 32.
 #pragma once
 
-#include <memory>
-
 #include "attend_parts.h"
 
 namespace kvfold {
@@ -23,8 +21,6 @@ constexpr int64_t kRotationTile = 64;
 }  // namespace kvfold
 
 #include <immintrin.h>
-
-#include <mutex>
 
 namespace kvfold {
 
@@ -91,17 +87,7 @@ struct RotatedPlan {
         if (high - low >= kRotationTile) return;
       }
     possible = true;
-    // Tables of a few models are kept: a model's layers mostly share one.
-    static std::mutex guard;
-    static std::vector<std::shared_ptr<const RotationTable>> kept;
-    std::lock_guard<std::mutex> lock(guard);
-    for (const auto& known : kept)
-      if (known->fits(call)) table = known;
-    if (!table) {
-      table = std::make_shared<const RotationTable>(call);
-      if (kept.size() >= 8) kept.erase(kept.begin());
-      kept.push_back(table);
-    }
+    table = kept<RotationTable>(call);
   }
 };
 
@@ -112,7 +98,7 @@ class RotatedScores {
     if (!plan.possible) return;
     const Books& books = *call.key.books;
     const Books::Integers& whole = books.integers();
-    const int64_t dim = call.key.dim, all = call.shared * call.queries;
+    const int64_t dim = call.key.dim, all = call.shared * call.queries, head = call.key.head + g;
     query_.resize(rows * dim);
     inverse_.assign(8, 0.0f);
     for (int64_t r = 0; r < rows; r++) {
@@ -124,7 +110,7 @@ class RotatedScores {
         square += static_cast<double>(x) * x;
       }
       const double norm = std::sqrt(square);
-      const double reach = whole.longest[g] + 2 * std::sqrt(static_cast<double>(dim));  // rotating rounds each entry twice
+      const double reach = whole.longest[head] + 2 * std::sqrt(static_cast<double>(dim));  // rotating rounds each entry twice
       const double scale = norm > 0 ? std::min(32766.0, 2.1e9 / reach) / norm : 0.0;
       for (int64_t i = 0; i < dim; i++) query_[r * dim + i] *= static_cast<float>(scale);
       inverse_[r] = scale > 0 ? static_cast<float>(1 / scale) : 0.0f;
@@ -134,7 +120,7 @@ class RotatedScores {
     cosine_.resize(dim / 2);
     integers_.assign(8 * dim, 0);
     for (int64_t l = 0; l < books.codes(); l++)
-      tables_.push_back(whole.values.data() + books.book[g * books.codes() + l] * books.size * 32);
+      tables_.push_back(whole.values.data() + books.book[head * books.codes() + l] * books.size * 32);
     in_order_ = books.size == 256;
     for (int64_t l = 0; l < books.codes(); l++)
       in_order_ = in_order_ && tables_[l] == tables_[l % books.groups] + l / books.groups * 256 * 32;

@@ -89,29 +89,34 @@ struct Rows {
       for (int r = 0; r < kWidth; r++) table[i * kWidth + r] = acc[r][i];
   }
 
+  // Codes in blocks of kLaneBlock, and what is left in smaller ones: `of(first, count)` with the count as a constant.
+  template <class Of>
+  static void in_blocks(int64_t codes, const Of& of) {
+    static_assert(kLaneBlock == 8);
+    int64_t first = 0;
+    for (; first + 8 <= codes; first += 8) of(first, std::integral_constant<int64_t, 8>());
+    if (codes - first >= 4) of(first, std::integral_constant<int64_t, 4>()), first += 4;
+    if (codes - first >= 2) of(first, std::integral_constant<int64_t, 2>()), first += 2;
+    if (codes - first >= 1) of(first, std::integral_constant<int64_t, 1>());
+  }
+
   // scores [count][kWidth] of keys whose codes have `stride`; kSize codewords a table, 0 for `size` of them.
   template <int64_t kSize, class Code>
   static void look_up(const Code* codes, int64_t stride, int64_t count, int64_t codes_of, int64_t size, const float* tables,
                       float* scores) {
     const int64_t table_size = (kSize ? kSize : size) * kWidth;
     std::fill_n(scores, count * kWidth, 0.0f);
-    int64_t first = 0;
-    for (; first + kLaneBlock <= codes_of; first += kLaneBlock) {
+    in_blocks(codes_of, [&](int64_t first, auto block) {
+      constexpr int64_t kBlock = decltype(block)::value;
       const float* table = tables + first * table_size;
       const Code* code = codes + first;
       for (float* score = scores; score < scores + count * kWidth; score += kWidth, code += stride) {
-        Wide even = get(score), odd = Wide{};
-#pragma GCC unroll 4
-        for (int64_t l = 0; l < kLaneBlock; l += 2) {
-          even += get(table + code[l] * kWidth + l * table_size);
-          odd += get(table + code[l + 1] * kWidth + (l + 1) * table_size);
-        }
-        put(score, even + odd);
+        Wide sums[2] = {get(score), Wide{}};
+#pragma GCC unroll 8
+        for (int64_t l = 0; l < kBlock; l++) sums[l % 2] += get(table + code[l] * kWidth + l * table_size);
+        put(score, sums[0] + sums[1]);
       }
-    }
-    for (; first < codes_of; first++)
-      for (int64_t t = 0; t < count; t++)
-        put(scores + t * kWidth, get(scores + t * kWidth) + get(tables + first * table_size + codes[t * stride + first] * kWidth));
+    });
   }
 
   // mass [codes][size][kWidth] of the `count` values at `kept`, or, without, of the first. Bound by one store a cycle; where
@@ -122,32 +127,27 @@ struct Rows {
     const int64_t table_size = (kSize ? kSize : size) * kWidth;
     using Place = std::conditional_t<sizeof(Code) == 1, uint16_t, uint32_t>;
     alignas(64) Place place[kPlaces * kLaneBlock];
-    int64_t first = 0;
-    for (; first + kLaneBlock <= codes_of; first += kLaneBlock) {
+    in_blocks(codes_of, [&](int64_t first, auto block) {
+      constexpr int64_t kBlock = decltype(block)::value;
       char* const own = opaque(reinterpret_cast<char*>(mass + first * table_size));
       for (int64_t t = 0; t < count; t += kPlaces) {
         const int64_t some = std::min(kPlaces, count - t);
         next.ask();
         for (int64_t i = 0; i < some; i++) {
-          Code code[kLaneBlock];
+          Code code[kBlock];
           std::memcpy(code, codes + (kept ? kept[t + i] : t + i) * stride + first, sizeof code);
-          for (int64_t l = 0; l < kLaneBlock; l++) place[i * kLaneBlock + l] = static_cast<Place>(code[l] * sizeof(Wide));
+          for (int64_t l = 0; l < kBlock; l++) place[i * kBlock + l] = static_cast<Place>(code[l] * sizeof(Wide));
         }
         for (int64_t i = 0; i < some; i++) {
           const Wide weight = get(weights + (t + i) * kWidth);
 #pragma GCC unroll 8
-          for (int64_t l = 0; l < kLaneBlock; l++) {
-            float* sums = reinterpret_cast<float*>(own + place[i * kLaneBlock + l] + l * table_size * sizeof(float));
+          for (int64_t l = 0; l < kBlock; l++) {
+            float* sums = reinterpret_cast<float*>(own + place[i * kBlock + l] + l * table_size * sizeof(float));
             put(sums, get(sums) + weight);
           }
         }
       }
-    }
-    for (; first < codes_of; first++)
-      for (int64_t i = 0; i < count; i++) {
-        float* sum_of = mass + first * table_size + codes[(kept ? kept[i] : i) * stride + first] * kWidth;
-        put(sum_of, get(sum_of) + get(weights + i * kWidth));
-      }
+    });
   }
 
   // sums [kWidth][head dim] (coded order) of the codewords, each times its mass. Four rows at a time, also where fewer are

@@ -122,6 +122,17 @@ struct Step : Rows<kWidth> {
     least = fold(lowest, fewest);
   }
 
+  // How many of `count` weights reach `limit`, of the row of which most do.
+  static int64_t reaching(const float* weights, int64_t count, float limit) {
+    vi found[kTurns] = {};
+    for (int64_t t = 0; t < count; t += lanes)  // what follows the last key up to a whole lane vector is 0
+      for (int i = 0; i < kWidth; i++) found[i % kTurns] -= load(weights + t * kWidth + i * lanes) >= limit;
+    int64_t of_row[kWidth] = {};
+    for (int k = 0; k < kTurns; k++)
+      for (int i = 0; i < lanes; i++) of_row[(k * lanes + i) % kWidth] += found[k][i];
+    return *std::max_element(of_row, of_row + kWidth);
+  }
+
   // Those of `count` weights of which a row reaches `limit`, and their places; the others are added to `lost`.
   static int64_t keep(const float* weights, int64_t count, float limit, int32_t* places, float* kept, Wide& lost) {
     int64_t found = 0;
@@ -155,7 +166,7 @@ struct Step : Rows<kWidth> {
     const int64_t chunk_size = std::min(kStepChunk, even), chunks = (call.tokens + chunk_size - 1) / chunk_size;
     const int64_t value_dim = call.value.dim;
     const bool rotated = call.positions && !call.center;
-    const CenterTable center_table(call);
+    const auto center_table = call.center ? kept<CenterTable>(call) : nullptr;
 
     std::optional<KeyTables<kWidth>> tables;
     if (!rotated) tables.emplace(call, sets);
@@ -178,7 +189,7 @@ struct Step : Rows<kWidth> {
       Aligned<uint16_t> codes(value_bytes ? 0 : values.codes() * block);
       RotatedScores rotation(plan, call, b, g, first_row, rows);
       std::optional<CenterScores<kWidth>> center;
-      if (call.center) center.emplace(center_table, call, b, g, first_row, rows);
+      if (call.center) center.emplace(*center_table, call, b, g, first_row, rows);
       if (tables && !made_ahead) tables->make(pair * sets + set);
       Wide reference = Wide{} + std::numeric_limits<float>::infinity(), sum_of = Wide{}, lost = Wide{};
       float mass_of_all = 0;  // of weights times the values' scales, the row with the least
@@ -230,7 +241,8 @@ struct Step : Rows<kWidth> {
           }
           mass_of_all += least_mass;
           const float limit = skip * kSkipShare * mass_of_all / static_cast<float>(end - begin);
-          if (least_weight < limit) count_kept = keep(scores.data(), count, limit, kept.data(), weights.data(), lost);
+          const bool pays = least_weight < limit && 8 * reaching(scores.data(), count, limit) < 7 * count;  // else few are skipped
+          if (pays) count_kept = keep(scores.data(), count, limit, kept.data(), weights.data(), lost);
           if (count_kept < count) {
             chosen = weights.data();
             places = kept.data();
@@ -245,10 +257,11 @@ struct Step : Rows<kWidth> {
           Base::template add_mass<0>(codes.data(), values.codes(), places, count_kept, values.codes(), values.size, chosen, mass.data(), next);
         }
       }
-      mix(values, values.book.data() + g * values.codes(), mass.data(), rows, sums.data() + item * kWidth * value_dim);
+      mix(values, values.book.data() + (call.value.head + g) * values.codes(), mass.data(), rows,
+          sums.data() + item * kWidth * value_dim);
       for (int r = 0; r < kWidth; r++) {
         total[item * kWidth + r] = sum_of[r];
-        skipped[item * kWidth + r] = lost[r] * values.longest[g];
+        skipped[item * kWidth + r] = lost[r] * values.longest[call.value.head + g];
       }
     });
 

@@ -15,11 +15,11 @@ template <int kWidth>
 struct IntegerProducts {
   std::vector<float> low, high;  // of every table, [kWidth][codes]
   float error[kWidth] = {};      // of every row's scores, expected (root mean square)
-  bool finite = false;           // all of the queries; else nothing is made
+  bool made = false;             // not from queries that are not finite, nor if `error` alone is too much
 
 #if defined(__AVX512BW__) && defined(__AVX512VNNI__)
-  // tables [kWidth][codes][256] from query [kWidth][head dim], channels in coded order.
-  IntegerProducts(const Books& books, const int32_t* book, const float* query, float* tables)
+  // tables [kWidth][codes][256] from query [kWidth][head dim], channels in coded order; an error of `most` may be made.
+  IntegerProducts(const Books& books, const int32_t* book, const float* query, float most, float* tables)
       : low(kWidth * books.codes()), high(low.size()) {
     const Books::Pairs& whole = books.pairs();
     const int64_t dim = books.dim, codes = books.codes();
@@ -50,7 +50,8 @@ struct IntegerProducts {
       }
       error[r] = static_cast<float>(std::sqrt(square_of_error));
     }
-    finite = true;
+    if (*std::max_element(error, error + kWidth) > most) return;
+    made = true;
     for (int64_t l = 0; l < codes; l++) {
       const int64_t p = l % books.groups;
       const int16_t* columns = whole.values.data() + book[l] * whole.pairs * kByteSize * 2;
@@ -98,7 +99,7 @@ struct IntegerProducts {
     }
   }
 #else
-  IntegerProducts(const Books&, const int32_t*, const float*, float*) {}
+  IntegerProducts(const Books&, const int32_t*, const float*, float, float*) {}
 #endif
 };
 
@@ -122,21 +123,22 @@ class KeyTables {
     for (int64_t r = 0; r < rows; r++)
       for (int64_t i = 0; i < dim; i++)
         query[r * dim + i] = call_.query[(pair * all + first + r) * dim + books_.channels[i]] * call_.softmax_scale;
-    const int32_t* book = books_.book.data() + g * books_.codes();
+    const int32_t* book = books_.book.data() + (call_.key.head + g) * books_.codes();
     float* own = tables_.data() + item * size_;
     if (registers_) {
       const int64_t codes = books_.codes();
       Aligned<float> exact(size_);
-      const IntegerProducts<kWidth> products(books_, book, query.data(), exact.data());
-      float error = products.finite ? 0 : std::numeric_limits<float>::infinity();
-      for (int64_t r = 0; r < rows && products.finite; r++) {
+      const float most = kByteError / std::max(largest_scale(call_.key, b, g, call_.tokens), 1e-30f);
+      const IntegerProducts<kWidth> products(books_, book, query.data(), most, exact.data());
+      float error = products.made ? 0 : std::numeric_limits<float>::infinity();
+      for (int64_t r = 0; r < rows && products.made; r++) {
         ByteTables& tables = by_row_[item * kWidth + r];
         uint8_t* planes = reinterpret_cast<uint8_t*>(own) + r * ByteTables::bytes(codes);
         const float packed =
             tables.make(&exact[r * codes * kByteSize], &products.low[r * codes], &products.high[r * codes], codes, planes);
         error = std::max(error, std::hypot(products.error[r], packed));
       }
-      if (error * largest_scale(call_.key, b, g, call_.tokens) <= kByteError) return;
+      if (error <= most) return;
       by_row_[item * kWidth].planes = nullptr;
     }
     Rows<kWidth>::make_tables(books_, book, query.data(), own);

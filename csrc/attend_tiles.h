@@ -58,7 +58,7 @@ inline void decode_tile(const Side& side, const Order& order, int64_t b, int64_t
   const Books& books = *side.books;
   codes.resize(kTile * books.codes());
   unpack(side, code_row(side, b, g, first), count, codes.data());
-  const int32_t* book = books.book.data() + g * books.codes();
+  const int32_t* book = books.book.data() + (side.head + g) * books.codes();
   std::vector<const float*> codewords(books.stages);
   std::vector<float> coded(order.source.empty() ? 0 : side.dim);
   for (int64_t t = 0; t < count; t++) {

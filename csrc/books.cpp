@@ -120,14 +120,19 @@ Books::Tiles make_tiles(const Books& books) {
 
 Books::Books(const float* codebooks, int64_t count, int64_t size, int64_t dim, const int64_t* book, int64_t stages,
              int64_t heads, int64_t groups, const int64_t* channels)
-    : count(count), size(size), dim(dim), stages(stages), heads(heads), groups(groups) {
+    : count(0), size(size), dim(dim), stages(stages), heads(heads), groups(groups) {
   this->book.resize(heads * stages * groups);
-  for (int64_t s = 0; s < stages; s++)
-    for (int64_t g = 0; g < heads; g++)
-      for (int64_t p = 0; p < groups; p++) {
+  std::vector<int32_t> place(count, -1);
+  for (int64_t g = 0; g < heads; g++)
+    for (int64_t p = 0; p < groups; p++)
+      for (int64_t s = 0; s < stages; s++) {
         const int64_t m = book[(s * heads + g) * groups + p];
         if (m < 0 || m >= count) throw std::invalid_argument("book names a codebook that is not there");
-        this->book[g * stages * groups + s * groups + p] = static_cast<int32_t>(m);
+        if (place[m] < 0) {
+          place[m] = static_cast<int32_t>(this->count++);
+          rows.insert(rows.end(), codebooks + m * size * dim, codebooks + (m + 1) * size * dim);
+        }
+        this->book[g * stages * groups + s * groups + p] = place[m];
       }
   std::vector<bool> seen(groups * dim, false);
   for (int64_t i = 0; i < groups * dim; i++) {
@@ -137,10 +142,9 @@ Books::Books(const float* codebooks, int64_t count, int64_t size, int64_t dim, c
     seen[channel] = true;
     this->channels.push_back(static_cast<int32_t>(channel));
   }
-  rows.assign(codebooks, codebooks + count * size * dim);
   const int64_t padded = padded_size();
-  half_norms.assign(count * padded, std::numeric_limits<float>::infinity());
-  for (int64_t m = 0; m < count; m++)
+  half_norms.assign(this->count * padded, std::numeric_limits<float>::infinity());
+  for (int64_t m = 0; m < this->count; m++)
     for (int64_t c = 0; c < size; c++) {
       float square = 0;
       for (int64_t j = 0; j < dim; j++) {

@@ -64,6 +64,9 @@ using Aligned = std::vector<T, LineAllocator<T>>;
 
 // Codebooks `[M, C, d]` and which of them stage s of KV head g, group p uses (`book[S, G, P]`); `channels[P, d]` says which
 // channel of a head each entry of a group is. Codes of a token lie stage by stage: code l = s * P + p.
+//
+// Codebooks that are used are kept in the order of their use, a head's together and a group's stages one behind the other: M is their
+// number, and `book` names these.
 struct Books {
   int64_t count, size, dim;            // M, C, d
   int64_t stages, heads, groups;       // S, G, P

@@ -12,6 +12,7 @@ namespace kvfold {
 namespace {
 
 constexpr int64_t kMost = 256, kLeast = 8;  // tokens of a piece of work: codebooks are read for as many
+constexpr int64_t kAlone = 256;   // groups of channels that one thread has coded before another is awake
 
 void pack(const int32_t* codes, int64_t count, int bits, uint8_t* to) {
   uint64_t window = 0;
@@ -40,11 +41,12 @@ void code(const CodeCall& call) {
   const Books& books = *call.books;
   const int64_t count = books.codes(), bytes = (count * call.bits + 7) / 8, width = books.head_dim();
   const int64_t pairs = scaling.batch * scaling.heads, tokens = scaling.tokens;
+  const int threads = pairs * tokens * books.groups < kAlone ? 1 : call.threads;
   int64_t span = kMost;  // a vector's codes do not depend on it
-  while (span > kLeast && pairs * ((tokens + span - 1) / span) < 4 * call.threads) span /= 2;
+  while (span > kLeast && pairs * ((tokens + span - 1) / span) < 4 * threads) span /= 2;
   const int64_t spans = (tokens + span - 1) / span;
   Lent<Workplace> places(books, call.beam);
-  parallel_stretches(call.threads, pairs * spans, [&](int64_t item) {
+  parallel_stretches(threads, pairs * spans, [&](int64_t item) {
     const int64_t pair = item / spans, g = pair % scaling.heads, first = item % spans * span, some = std::min(span, tokens - first);
     Lent<Workplace>::Loan place(places);
     float* const vectors = place->vectors.data();

@@ -79,7 +79,8 @@ struct Side {
   int bits = 0;
   int64_t batch_stride = 0, head_stride = 0, token_stride = 0;
   int64_t scale_batch_stride = 0, scale_head_stride = 0, scale_token_stride = 0;
-  int64_t dim = 0;  // D
+  int64_t dim = 0;   // D
+  int64_t head = 0;  // whose codebooks the first KV head reads
 };
 
 struct AttendCall {

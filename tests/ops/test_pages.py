@@ -8,6 +8,7 @@ import pytest
 import torch
 from coded import coded, rotation
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from kvfold import ops
 from kvfold.ops import native
@@ -66,6 +67,19 @@ def test_every_row_reads_its_own_pages(backend: str, lengths: list[int], threads
         own = None if turn is None else turn.slice(0, length)
         right = ops.attend(query[row : row + 1, :, None], *sides, own, None, 0.1, backend=backend)[0][0, :, 0]
         assert torch.allclose(out[row], right, rtol=0, atol=1e-5 * float(right.abs().max()))
+
+
+@pytest.mark.skipif(not native.available_isas(), reason=native.MISSING)
+def test_torch_knows_the_op_and_its_shape() -> None:
+    sides, table = paged(*both(8, 2, strided=True), 8), torch.randperm(8)[None]
+    query, turn = torch.randn(1, 6, 64), rotation(200, 64)
+    plain = ops.attend_pages(query, *sides, table, [200], turn, 0.1, backend="cpu")
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        out = ops.attend_pages(mode.from_tensor(query), *sides, table, [200], turn, 0.1, backend="cpu")
+    assert isinstance(out, FakeTensor)
+    assert (out.shape, out.dtype) == (plain.shape, plain.dtype)
+    parameter = torch.nn.Parameter(query, requires_grad=False)  # no plain tensor: goes through `torch.library`
+    assert torch.equal(ops.attend_pages(parameter, *sides, table, [200], turn, 0.1, backend="cpu"), plain)
 
 
 @pytest.mark.skipif(not native.available_isas(), reason=native.MISSING)

@@ -74,6 +74,12 @@ def array(tensor: Tensor) -> Any:
     return torch.utils.dlpack.to_dlpack(tensor.detach())
 
 
+def eager(tensor: Tensor) -> bool:
+    """Whether an op on `tensor` may be called itself: `torch.library`, which tells `torch.compile` and fake tensors of its
+    shapes, takes as long as a small op does."""
+    return type(tensor) is Tensor and not torch.compiler.is_compiling()
+
+
 def version(tensor: Tensor) -> int:
     """How often `tensor` was written to; 0 for one made in `torch.inference_mode()`, which does not count."""
     return 0 if tensor.is_inference() else tensor._version

@@ -66,11 +66,13 @@ class PageLayout:
 
     def write(self, pages: Tensor, slots: Tensor, keys: Codes, values: Codes) -> None:
         """Keep codes of tokens, `[1, G, T, ...]`, in uint8 `pages [N, G, block, n]` at `slots [T]` (page * block + place)."""
-        page, place = slots // pages.shape[2], slots % pages.shape[2]
+        parts, end = [], 0
         for fields, codes in ((self.key_fields, keys), (self.value_fields, values)):
             for field in fields:
-                rows = codes.fields[field.name][0].transpose(0, 1).contiguous().flatten(2)  # [T, G, n]
-                pages[page, :, place, field.start : field.stop] = rows.view(torch.uint8)
+                part = codes.fields[field.name][0].flatten(2).view(torch.uint8)  # [G, T, n]
+                parts += [part.new_zeros((*part.shape[:2], field.start - end)), part] if field.start > end else [part]
+                end = field.stop
+        pages[slots // pages.shape[2], :, slots % pages.shape[2], :end] = torch.cat(parts, -1).transpose(0, 1)
 
     def all(self, pages: Tensor) -> tuple[Codes, Codes]:
         """Codes of all `pages`, keys' and values', as views `[N, G, block, ...]`."""

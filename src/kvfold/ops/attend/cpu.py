@@ -9,7 +9,7 @@ softmax weights vanish, values are left unread as long as the output provably ch
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -77,34 +77,14 @@ def attend_pages(
     softcap: float | None = None,
 ) -> Tensor:
     """As `pages.attend_pages`; ValueError for a page that is not there, or a token whose fields do not lie together."""
-    array, longest = native.array, max(lengths, default=0)
-    out = query.new_empty((*query.shape[:2], value.channels.numel()), dtype=torch.float32)
     positions, inv_freq, factor, interleaved = rotation or (None, None, 1.0, False)
-    native.module().attend_pages(
-        array(query.float().contiguous()),
-        array(table.to(torch.int32)),
-        array(torch.tensor(lengths, dtype=torch.int32)),
-        array(key.packed),
-        _scale_bits(key.scale),
-        key.bits,
-        native.books(key.codebooks, key.book, key.channels),
-        array(value.packed),
-        _scale_bits(value.scale),
-        value.bits,
-        native.books(value.codebooks, value.book, value.channels),
-        None if key.center is None else array(key.center.float().contiguous()),
-        None if positions is None else array(positions[:, :longest].to(torch.int32).contiguous()),
-        None if inv_freq is None else array(inv_freq.float().contiguous()),
-        factor,
-        interleaved,
-        query.dtype == torch.bfloat16,
-        softmax_scale,
-        softcap or 0.0,
-        _skip(),
-        torch.get_num_threads(),
-        array(out),
+    run: Callable[..., Tensor] = _attend_pages if native.eager(query) else torch.ops.kvfold.attend_pages
+    return run(
+        *(query, table, list(lengths)),
+        *(key.packed, key.scale, key.codebooks, key.book, key.channels, key.bits),
+        *(value.packed, value.scale, value.codebooks, value.book, value.channels, value.bits),
+        *(key.center, positions, inv_freq, factor, interleaved, softmax_scale, softcap or 0.0, _skip()),
     )
-    return out
 
 
 def _skip() -> float:
@@ -177,6 +157,60 @@ def _attend_codes(
     return out, lse
 
 
+def _attend_pages(
+    query: Tensor,
+    table: Tensor,
+    lengths: list[int],
+    key_packed: Tensor,
+    key_scale: Tensor,
+    key_codebooks: Tensor,
+    key_book: Tensor,
+    key_channels: Tensor,
+    key_bits: int,
+    value_packed: Tensor,
+    value_scale: Tensor,
+    value_codebooks: Tensor,
+    value_book: Tensor,
+    value_channels: Tensor,
+    value_bits: int,
+    key_center: Tensor | None,
+    positions: Tensor | None,
+    inv_freq: Tensor | None,
+    factor: float,
+    interleaved: bool,
+    softmax_scale: float,
+    softcap: float,
+    skip: float,
+) -> Tensor:
+    array, longest = native.array, max(lengths, default=0)
+    out = _pages_result(query, value_channels)
+    native.module().attend_pages(
+        array(query.float().contiguous()),
+        array(table.to(torch.int32)),
+        array(torch.tensor(lengths, dtype=torch.int32)),
+        array(key_packed),
+        _scale_bits(key_scale),
+        key_bits,
+        native.books(key_codebooks, key_book, key_channels),
+        array(value_packed),
+        _scale_bits(value_scale),
+        value_bits,
+        native.books(value_codebooks, value_book, value_channels),
+        None if key_center is None else array(key_center.float().contiguous()),
+        None if positions is None else array(positions[:, :longest].to(torch.int32).contiguous()),
+        None if inv_freq is None else array(inv_freq.float().contiguous()),
+        factor,
+        interleaved,
+        query.dtype == torch.bfloat16,
+        softmax_scale,
+        softcap,
+        skip,
+        torch.get_num_threads(),
+        array(out),
+    )
+    return out
+
+
 def _attend_exact(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, softmax_scale: float, softcap: float
 ) -> tuple[Tensor, Tensor]:
@@ -201,23 +235,29 @@ def _scale_bits(scale: Tensor) -> Any:
     return native.array(scale if scale.dtype == torch.uint8 else scale.view(torch.uint16))
 
 
+def _pages_result(query: Tensor, value_channels: Tensor) -> Tensor:
+    return query.new_empty((*query.shape[:2], value_channels.numel()), dtype=torch.float32)
+
+
 def _results(query: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     out = query.new_empty((*query.shape[:3], dim), dtype=torch.float32)
     return out, query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
+_SIDES = "".join(
+    f"Tensor {side}_packed, Tensor {side}_scale, Tensor {side}_codebooks, Tensor {side}_book, "
+    f"Tensor {side}_channels, int {side}_bits, "
+    for side in ("key", "value")
+)
+_PLACES = "Tensor? key_center, Tensor? positions, Tensor? inv_freq, float factor, bool interleaved, "
+_SOFTMAX = "float softmax_scale, float softcap, float skip"
 native.LIBRARY.define(
-    "attend_codes(Tensor query, "
-    + "".join(
-        f"Tensor {side}_packed, Tensor {side}_scale, Tensor {side}_codebooks, Tensor {side}_book, "
-        f"Tensor {side}_channels, int {side}_bits, "
-        for side in ("key", "value")
-    )
-    + "Tensor? key_center, Tensor? positions, Tensor? inv_freq, float factor, bool interleaved, Tensor? mask, "
-    "Tensor? exact_keys, Tensor? exact_values, Tensor? exact_mask, float softmax_scale, float softcap, float skip) "
-    "-> (Tensor, Tensor)"
+    f"attend_codes(Tensor query, {_SIDES}{_PLACES}Tensor? mask, "
+    f"Tensor? exact_keys, Tensor? exact_values, Tensor? exact_mask, {_SOFTMAX}) -> (Tensor, Tensor)"
 )
 native.LIBRARY.impl("attend_codes", _attend_codes, "CPU")
+native.LIBRARY.define(f"attend_pages(Tensor query, Tensor table, int[] lengths, {_SIDES}{_PLACES}{_SOFTMAX}) -> Tensor")
+native.LIBRARY.impl("attend_pages", _attend_pages, "CPU")
 native.LIBRARY.define(
     "attend_exact(Tensor query, Tensor keys, Tensor values, Tensor? mask, float softmax_scale, float softcap) "
     "-> (Tensor, Tensor)"
@@ -230,6 +270,13 @@ def _(query: Tensor, *given: object) -> tuple[Tensor, Tensor]:
     channels = given[10]
     assert isinstance(channels, Tensor)
     return _results(query, channels.numel())
+
+
+@torch.library.register_fake("kvfold::attend_pages")
+def _(query: Tensor, *given: object) -> Tensor:
+    channels = given[12]
+    assert isinstance(channels, Tensor)
+    return _pages_result(query, channels)
 
 
 @torch.library.register_fake("kvfold::attend_exact")

@@ -29,7 +29,8 @@ def code(
     scale_bits: int = 16,
 ) -> tuple[Tensor, Tensor]:
     """As `code.code` (csrc/code.cpp)."""
-    return torch.ops.kvfold.code(x, codebooks, book, channels, weights, bits, beam, scale_bits)
+    run = _code if native.eager(x) else torch.ops.kvfold.code
+    return run(x, codebooks, book, channels, weights, bits, beam, scale_bits)
 
 
 def _encode(vectors: Tensor, codebooks: Tensor, book: Tensor, beam: int) -> Tensor:
