@@ -91,7 +91,7 @@ struct Rows {
 
   // Codes in blocks of kLaneBlock, and what is left in smaller ones: `of(first, count)` with the count as a constant.
   template <class Of>
-  static void in_blocks(int64_t codes, const Of& of) {
+  [[gnu::always_inline]] static inline void in_blocks(int64_t codes, const Of& of) {
     static_assert(kLaneBlock == 8);
     int64_t first = 0;
     for (; first + 8 <= codes; first += 8) of(first, std::integral_constant<int64_t, 8>());
@@ -106,7 +106,7 @@ struct Rows {
                       float* scores) {
     const int64_t table_size = (kSize ? kSize : size) * kWidth;
     std::fill_n(scores, count * kWidth, 0.0f);
-    in_blocks(codes_of, [&](int64_t first, auto block) {
+    in_blocks(codes_of, [=](int64_t first, auto block) __attribute__((always_inline)) {
       constexpr int64_t kBlock = decltype(block)::value;
       const float* table = tables + first * table_size;
       const Code* code = codes + first;
@@ -127,7 +127,7 @@ struct Rows {
     const int64_t table_size = (kSize ? kSize : size) * kWidth;
     using Place = std::conditional_t<sizeof(Code) == 1, uint16_t, uint32_t>;
     alignas(64) Place place[kPlaces * kLaneBlock];
-    in_blocks(codes_of, [&](int64_t first, auto block) {
+    in_blocks(codes_of, [&](int64_t first, auto block) __attribute__((always_inline)) {
       constexpr int64_t kBlock = decltype(block)::value;
       char* const own = opaque(reinterpret_cast<char*>(mass + first * table_size));
       for (int64_t t = 0; t < count; t += kPlaces) {
