@@ -80,6 +80,7 @@ def test_codecs_that_need_positions_or_blocks_and_other_shapes_are_refused() -> 
         ChunkCoder(coded("turboquant")).encode(torch.zeros(2, LAYERS + 1, 4, HEADS * DIM))
 
 
+@pytest.mark.vllm  # is in that environment, and in no other
 @NEEDS_LMCACHE
 def test_lmcache_writes_and_reads_through_it(tmp_path: Path) -> None:
     from lmcache.v1.distributed.api import MemoryLayoutDesc, ObjectKey
