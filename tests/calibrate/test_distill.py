@@ -64,8 +64,11 @@ def test_only_codewords_change() -> None:
 
 
 def test_the_same_seed_gives_the_same_codebooks() -> None:
-    assert trained(steps=4).fingerprint() == trained(steps=4).fingerprint()
-    assert trained(steps=4).fingerprint() != trained(steps=4, seed=1).fingerprint()
+    """So few steps may end worse than they began, and what was there is kept: where they ended is told all the same."""
+    one, again, other = (trained(steps=4, seed=seed) for seed in (0, 0, 1))
+    assert one.fingerprint() == again.fingerprint()
+    ends = [codecs.info["distill"]["divergence_after"] for codecs in (one, again, other)]
+    assert ends[0] == ends[1] != ends[2]
 
 
 def test_the_model_is_left_as_it_was() -> None:
