@@ -1,4 +1,4 @@
-// The ops on flat arrays. Sizes are explicit and were checked by the caller (module.cpp); codes
+// The ops on flat arrays. Sizes are explicit and were checked by the caller (module.h); codes
 // are checked here, since that takes a look at them.
 #pragma once
 

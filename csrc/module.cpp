@@ -1,16 +1,10 @@
 // The Python module: checks shapes, finds pointers, releases the GIL. Compiled once an instruction set, as a module each:
 // code that the linker might share between instruction sets would stop an older CPU.
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
-#include <nanobind/stl/optional.h>
-#include <nanobind/stl/string.h>
+#include "module.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <initializer_list>
-#include <optional>
-#include <string>
 
 #if defined(__x86_64__) && defined(__linux__)
 #include <cpuid.h>
@@ -18,37 +12,10 @@
 #include <unistd.h>
 #endif
 
-#include "kernels.h"
 #include "pool.h"
-
-namespace nb = nanobind;
-using namespace nb::literals;
 
 namespace kvfold {
 namespace {
-
-template <class T>
-using Array = nb::ndarray<T, nb::device::cpu>;
-
-void require(bool holds, const char* what) {
-  if (!holds) throw std::invalid_argument(what);
-}
-
-template <class A>
-void require_shape(const A& array, std::initializer_list<int64_t> shape, const char* what) {
-  bool same = array.ndim() == shape.size();
-  size_t axis = 0;
-  for (int64_t size : shape) same = same && array.shape(axis) == static_cast<size_t>(size), axis++;
-  if (!same) throw std::invalid_argument(std::string("shape of ") + what);
-}
-
-template <class T>
-void require_dense(const Array<T>& array, const char* what) {
-  if (array.size() == 0) return;
-  int64_t stride = 1;
-  for (size_t axis = array.ndim(); axis-- > 0; stride *= static_cast<int64_t>(array.shape(axis)))
-    if (array.shape(axis) > 1 && array.stride(axis) != stride) throw std::invalid_argument(std::string(what) + " has gaps");
-}
 
 Books* make_books(const Array<const float>& codebooks, const Array<const int64_t>& book, const Array<const int64_t>& channels) {
   require(codebooks.ndim() == 3 && book.ndim() == 3, "codebooks [M, C, d] and book [S, G, P]");
@@ -143,221 +110,6 @@ void unrotate_arrays(const Array<const float>& x, const Array<const int32_t>& po
   unrotate(call);
 }
 
-using Scale = nb::ndarray<nb::ro, nb::device::cpu>;  // uint16, the bits of a float16, or uint8, the upper ones of them
-
-Side coded_side(const Array<const uint8_t>& packed, const Scale& scale, int bits, const Books& books,
-                int64_t batch, int64_t tokens) {
-  require(bits >= 1 && bits <= 16 && books.size <= int64_t{1} << bits, "codes of 1 to 16 bits that number all codewords");
-  const int64_t bytes = (books.codes() * bits + 7) / 8;
-  require_shape(packed, {batch, books.heads, tokens, bytes}, "packed codes, not [B, G, T, bytes]");
-  const bool short_scale = scale.dtype() == nb::dtype<uint8_t>();
-  require(short_scale || scale.dtype() == nb::dtype<uint16_t>(), "scale of uint8 or uint16");
-  require_shape(scale, {batch, books.heads, tokens, 1}, "scale, not [B, G, T, 1]");
-  require(bytes <= 1 || packed.stride(3) == 1, "packed codes have gaps within a token");
-  Side side;
-  side.books = &books;
-  side.packed = packed.data();
-  side.scale = scale.data();
-  side.short_scale = short_scale;
-  side.bits = bits;
-  side.batch_stride = packed.stride(0), side.head_stride = packed.stride(1), side.token_stride = packed.stride(2);
-  side.scale_batch_stride = scale.stride(0), side.scale_head_stride = scale.stride(1), side.scale_token_stride = scale.stride(2);
-  side.dim = books.head_dim();
-  return side;
-}
-
-Side dense_side(const Array<const float>& vectors, int64_t batch, int64_t heads, int64_t tokens) {
-  require(vectors.ndim() == 4, "keys and values [B, G, T, D]");
-  require_shape(vectors, {batch, heads, tokens, static_cast<int64_t>(vectors.shape(3))}, "keys and values, not [B, G, T, D]");
-  require(vectors.shape(3) <= 1 || vectors.stride(3) == 1, "keys or values have gaps within a token");
-  Side side;
-  side.dense = vectors.data();
-  side.batch_stride = vectors.stride(0), side.head_stride = vectors.stride(1), side.token_stride = vectors.stride(2);
-  side.dim = vectors.shape(3);
-  return side;
-}
-
-using Mask = std::optional<Array<const uint8_t>>;
-
-// The queries of `call`, which knows the keys, and its mask.
-void place_query(AttendCall& call, const Array<const float>& query, const Mask& mask) {
-  require(query.ndim() == 4, "query [B, H, Q, D]");
-  const int64_t batch = call.batch, heads = query.shape(1), queries = query.shape(2);
-  require_shape(query, {batch, heads, queries, call.key.dim}, "query, not [B, H, Q, D] of the keys");
-  require(call.kv_heads > 0 && heads % call.kv_heads == 0, "query heads, no multiple of KV heads");
-  require_dense(query, "query");
-  call.query = query.data();
-  call.shared = heads / call.kv_heads;
-  call.queries = queries;
-  if (mask) {
-    require(mask->ndim() == 4, "mask [B or 1, 1, Q, T]");
-    const int64_t rows = mask->shape(0);
-    require(rows == 1 || rows == batch, "mask, not [B or 1, 1, Q, T]");
-    require_shape(*mask, {rows, 1, queries, call.tokens}, "mask, not [B or 1, 1, Q, T]");
-    call.mask = mask->data();
-    call.mask_batch_stride = rows == 1 ? 0 : mask->stride(0);
-    call.mask_query_stride = mask->stride(2);
-    call.mask_token_stride = mask->stride(3);
-  }
-}
-
-// Where the results of `call` go, which knows the queries.
-void place_results(AttendCall& call, const Array<float>& out, const Array<float>& lse) {
-  const int64_t heads = call.kv_heads * call.shared;
-  require_shape(out, {call.batch, heads, call.queries, call.value.dim}, "out, not [B, H, Q, D] of the values");
-  require_shape(lse, {call.batch, heads, call.queries}, "lse, not [B, H, Q]");
-  require_dense(out, "out");
-  require_dense(lse, "lse");
-  call.out = out.data();
-  call.lse = lse.data();
-}
-
-// Exact keys and values, and how they are attended.
-AttendCall exact_call(const Array<const float>& keys, const Array<const float>& values, bool half, float softmax_scale, float softcap,
-                      int threads) {
-  require(keys.ndim() == 4, "keys [B, G, T, D]");
-  AttendCall call{};
-  call.batch = keys.shape(0), call.kv_heads = keys.shape(1), call.tokens = keys.shape(2);
-  call.key = dense_side(keys, call.batch, call.kv_heads, call.tokens);
-  call.value = dense_side(values, call.batch, call.kv_heads, call.tokens);
-  call.half = half;
-  call.softmax_scale = softmax_scale;
-  call.softcap = softcap;
-  call.threads = threads;
-  return call;
-}
-
-// Where keys stand and how they are rotated there; `call` knows the keys.
-void place_keys(AttendCall& call, const std::optional<Array<const float>>& key_center,
-                const std::optional<Array<const int32_t>>& positions, const std::optional<Array<const float>>& inv_freq,
-                float factor, bool interleaved) {
-  require(positions.has_value() == inv_freq.has_value(), "positions and inv_freq together");
-  if (positions) {
-    const int64_t rows = positions->ndim() == 2 ? positions->shape(0) : 0;
-    require(rows == 1 || rows == call.batch, "positions [B or 1, T]");
-    require_shape(*positions, {rows, call.tokens}, "positions, not [B or 1, T]");
-    require_dense(*positions, "positions");
-    require(inv_freq->ndim() == 1 && 2 * static_cast<int64_t>(inv_freq->shape(0)) <= call.key.dim, "inv_freq [n], 2 n <= D");
-    require_dense(*inv_freq, "inv_freq");
-    call.positions = positions->data();
-    call.positions_stride = rows == 1 ? 0 : call.tokens;
-    call.inv_freq = inv_freq->data();
-    call.rotary = inv_freq->shape(0);
-    call.factor = factor;
-    call.interleaved = interleaved;
-  }
-  if (key_center) {
-    require(positions.has_value(), "a center comes with positions");
-    require_shape(*key_center, {call.kv_heads, call.key.dim}, "center, not [G, D]");
-    require_dense(*key_center, "center");
-    call.center = key_center->data();
-  }
-}
-
-void attend_codes(const Array<const float>& query, const Array<const uint8_t>& key_packed,
-                  const Scale& key_scale, int key_bits, const Books& key_books,
-                  const Array<const uint8_t>& value_packed, const Scale& value_scale, int value_bits,
-                  const Books& value_books, const std::optional<Array<const float>>& key_center,
-                  const std::optional<Array<const int32_t>>& positions, const std::optional<Array<const float>>& inv_freq, float factor, bool interleaved, const Mask& mask,
-                  const std::optional<Array<const float>>& exact_keys, const std::optional<Array<const float>>& exact_values,
-                  const Mask& exact_mask, bool half, float softmax_scale, float softcap, float skip, int threads,
-                  const Array<float>& out, const Array<float>& lse) {
-  require(key_packed.ndim() == 4, "packed codes [B, G, T, bytes]");
-  AttendCall call{};
-  call.batch = key_packed.shape(0), call.kv_heads = key_books.heads, call.tokens = key_packed.shape(2);
-  require(value_books.heads == key_books.heads, "keys and values of one number of KV heads");
-  call.key = coded_side(key_packed, key_scale, key_bits, key_books, call.batch, call.tokens);
-  call.value = coded_side(value_packed, value_scale, value_bits, value_books, call.batch, call.tokens);
-  place_keys(call, key_center, positions, inv_freq, factor, interleaved);
-  call.half = half;
-  call.softmax_scale = softmax_scale;
-  call.softcap = softcap;
-  call.skip = skip;
-  call.threads = threads;
-  place_query(call, query, mask);
-  place_results(call, out, lse);
-  require(exact_keys.has_value() == exact_values.has_value(), "exact keys and values together");
-  std::optional<AttendCall> exact;
-  if (exact_keys) {
-    exact = exact_call(*exact_keys, *exact_values, half, softmax_scale, softcap, threads);
-    require(exact->kv_heads == call.kv_heads && exact->value.dim == call.value.dim, "exact keys and values unlike the coded ones");
-    place_query(*exact, query, exact_mask);
-  }
-  if (lse.size() == 0) return;
-  nb::gil_scoped_release free;
-  attend(call);
-  if (exact) attend_too(*exact, call);
-}
-
-void attend_codes_in_pages(const Array<const float>& query, const Array<const int32_t>& table, const Array<const int32_t>& lengths,
-                           const Array<const uint8_t>& key_packed, const Scale& key_scale, int key_bits, const Books& key_books,
-                           const Array<const uint8_t>& value_packed, const Scale& value_scale, int value_bits,
-                           const Books& value_books, const std::optional<Array<const float>>& key_center,
-                           const std::optional<Array<const int32_t>>& positions,
-                           const std::optional<Array<const float>>& inv_freq, float factor, bool interleaved, bool half,
-                           float softmax_scale, float softcap, float skip, int threads, const Array<float>& out) {
-  require(key_packed.ndim() == 4, "packed codes [N, G, block, bytes]");
-  PagesCall call{};
-  call.pages = key_packed.shape(0), call.block = key_packed.shape(2), call.rows = lengths.size();
-  const int64_t kv_heads = key_books.heads;
-  require(value_books.heads == kv_heads, "keys and values of one number of KV heads");
-  call.key = coded_side(key_packed, key_scale, key_bits, key_books, call.pages, call.block);
-  call.value = coded_side(value_packed, value_scale, value_bits, value_books, call.pages, call.block);
-  const auto begin = [](const Side& side, bool scale) { return scale ? static_cast<const uint8_t*>(side.scale) : side.packed; };
-  call.first = std::min({begin(call.key, false), begin(call.key, true), begin(call.value, false), begin(call.value, true)});
-  for (const Side* side : {&call.key, &call.value}) {
-    const int64_t wide = side->short_scale ? 1 : 2, bytes = (side->books->codes() * side->bits + 7) / 8;
-    const int64_t codes_end = side->packed + bytes - call.first, scale_end = begin(*side, true) + wide - call.first;
-    call.record = std::max({call.record, codes_end, scale_end});
-    const auto strides_like = [&](int64_t count, int64_t stride, int64_t scale_stride, int64_t like) {
-      return count <= 1 || (stride == like && scale_stride * wide == like);
-    };
-    require(strides_like(call.pages, side->batch_stride, side->scale_batch_stride, call.key.batch_stride) &&
-                strides_like(kv_heads, side->head_stride, side->scale_head_stride, call.key.head_stride) &&
-                strides_like(call.block, side->token_stride, side->scale_token_stride, call.key.token_stride) &&
-                call.key.token_stride % wide == 0 && (scale_end - wide) % wide == 0,
-            "fields of the codes that do not lie together in a token");
-  }
-  require(call.block >= 1 && call.record <= call.key.token_stride, "fields of the codes that do not lie together in a token");
-  require(query.ndim() == 3, "query [R, H, D]");
-  const int64_t heads = query.shape(1);
-  require_shape(query, {call.rows, heads, call.key.dim}, "query, not [R, H, D] of the keys");
-  require(heads % kv_heads == 0, "query heads, no multiple of KV heads");
-  require_shape(out, {call.rows, heads, call.value.dim}, "out, not [R, H, D] of the values");
-  require(lengths.ndim() == 1 && table.ndim() == 2 && static_cast<int64_t>(table.shape(0)) == call.rows, "table [R, n] and lengths [R]");
-  require(table.shape(1) <= 1 || table.stride(1) == 1, "a table with gaps within a row");
-  require_dense(query, "query");
-  require_dense(out, "out");
-  require_dense(lengths, "lengths");
-  int64_t longest = 0;
-  for (int64_t row = 0; row < call.rows; row++) {
-    const int64_t length = lengths.data()[row];
-    require(length >= 0 && length <= call.block * static_cast<int64_t>(table.shape(1)), "a row longer than its pages");
-    longest = std::max(longest, length);
-  }
-  AttendCall& row = call.row;
-  row.query = query.data(), row.out = out.data();
-  row.batch = row.queries = 1, row.kv_heads = kv_heads, row.shared = heads / kv_heads;
-  row.tokens = longest, row.key = call.key;
-  place_keys(row, key_center, positions, inv_freq, factor, interleaved);
-  row.half = half;
-  row.softmax_scale = softmax_scale, row.softcap = softcap, row.skip = skip, row.threads = threads;
-  call.table = table.data(), call.table_stride = table.stride(0), call.lengths = lengths.data();
-  nb::gil_scoped_release free;
-  attend_pages(call);
-}
-
-void attend_exact(const Array<const float>& query, const Array<const float>& keys, const Array<const float>& values,
-                  const Mask& mask, bool half, float softmax_scale, float softcap, int threads, const Array<float>& out,
-                  const Array<float>& lse) {
-  AttendCall call = exact_call(keys, values, half, softmax_scale, softcap, threads);
-  place_query(call, query, mask);
-  place_results(call, out, lse);
-  if (lse.size() == 0) return;
-  nb::gil_scoped_release free;
-  attend(call);
-}
-
 // Reads memory once and returns a sum of it: what no attention over that memory can be faster than.
 uint64_t read_array(const Array<const uint8_t>& bytes, int threads) {
   require_dense(bytes, "bytes");
@@ -417,6 +169,7 @@ bool supports(const std::string& isa) {
 
 NB_MODULE(KV_MODULE, m) {
   using namespace kvfold;
+  using namespace nb::literals;
   nb::class_<Books>(m, "Books").def_prop_ro("heads", [](const Books& books) { return books.heads; });
   m.def("make_books", &make_books, "codebooks"_a, "book"_a, "channels"_a, nb::rv_policy::take_ownership);
   m.def("encode", &encode_arrays);
@@ -424,14 +177,7 @@ NB_MODULE(KV_MODULE, m) {
         nb::arg());
   m.def("decode", &decode_arrays);
   m.def("unrotate", &unrotate_arrays);
-  m.def("attend_codes", &attend_codes, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-        nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(),
-        nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
-  m.def("attend_pages", &attend_codes_in_pages, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-        nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(),
-        nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
-  m.def("attend_exact", &attend_exact, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-        nb::arg(), nb::arg());
+  bind_attention(m);
   m.def("read", &read_array, "bytes"_a, "threads"_a);
   m.def("supports", &supports, "isa"_a, "Whether this CPU runs the module of that instruction set.");
 }

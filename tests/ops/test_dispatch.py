@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import logging
+import os
+import shutil
+
 import pytest
 import torch
 
@@ -73,3 +77,31 @@ def test_triton_is_not_chosen_for_the_cpu_and_says_what_is_missing(op: str, monk
     assert ops.select(op, None, "cuda") is NAIVE[op]
     dispatch._automatic.cache_clear()
     assert ops.select(op, None, "mps") is NAIVE[op]
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="there is no C++ compiler")
+def test_where_there_is_a_compiler_there_are_native_ops() -> None:
+    """Installation goes on without what does not compile, and the tests of what is not there are skipped."""
+    assert "portable" in native.available_isas()
+
+
+def test_without_native_ops_everything_runs_and_it_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native, "_modules", dict.fromkeys(native.ISAS))
+    monkeypatch.delenv("KVFOLD_BACKEND", raising=False)
+    dispatch._automatic.cache_clear()
+    native._chosen.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING, "kvfold"):
+            assert "cpu" not in ops.available_backends()
+            for _ in range(2):
+                codes = ops.encode(torch.randn(1, 1, 3, 1, 4), torch.randn(1, 5, 4), torch.zeros(1, 1, 1, dtype=torch.int64))
+                assert codes.shape == (1, 1, 3, 1, 1)
+        assert len(caplog.records) == 1
+        assert "C++ compiler" in caplog.text
+        with pytest.raises(InputError, match="native CPU ops"):
+            ops.select("encode", "cpu")
+    finally:
+        dispatch._automatic.cache_clear()
+        native._chosen.cache_clear()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 
 import pytest
@@ -14,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kvfold import ops
 from kvfold.errors import InputError
-from kvfold.ops import dispatch, native
+from kvfold.ops import native
 from kvfold.packing import pack_scale
 
 pytestmark = pytest.mark.skipif(not native.available_isas(), reason=native.MISSING)
@@ -380,25 +379,3 @@ def test_codebooks_that_are_written_to_are_made_ready_again() -> None:
     first = ops.decode(codes, codebooks, book, "cpu")
     codebooks[0, 2] += 1
     assert torch.equal(ops.decode(codes, codebooks, book, "cpu"), first + 1)
-
-
-def test_without_native_ops_everything_runs_and_it_is_said_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(native, "_modules", dict.fromkeys(native.ISAS))
-    monkeypatch.delenv("KVFOLD_BACKEND", raising=False)
-    dispatch._automatic.cache_clear()
-    native._chosen.cache_clear()
-    try:
-        with caplog.at_level(logging.WARNING, "kvfold"):
-            assert "cpu" not in ops.available_backends()
-            for _ in range(2):
-                codes = ops.encode(torch.randn(1, 1, 3, 1, 4), torch.randn(1, 5, 4), torch.zeros(1, 1, 1, dtype=torch.int64))
-                assert codes.shape == (1, 1, 3, 1, 1)
-        assert len(caplog.records) == 1
-        assert "C++ compiler" in caplog.text
-        with pytest.raises(InputError, match="native CPU ops"):
-            ops.select("encode", "cpu")
-    finally:
-        dispatch._automatic.cache_clear()
-        native._chosen.cache_clear()

@@ -34,7 +34,7 @@ def unrotate(x: Tensor, positions: Tensor, inv_freq: Tensor, factor: float = 1.0
 
 def unrotate_cpu(x: Tensor, positions: Tensor, inv_freq: Tensor, factor: float = 1.0, interleaved: bool = False) -> Tensor:
     """As `unrotate`, in C++ (csrc/rope.cpp); what is traced or takes gradients is left to PyTorch."""
-    if type(x) is not Tensor or torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+    if not native.eager(x) or (x.requires_grad and torch.is_grad_enabled()):
         return unrotate(x, positions, inv_freq, factor, interleaved)
     x, array = x.float(), native.array
     x = x if x.stride(-1) == 1 else x.contiguous()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,13 +47,9 @@ def attend_both(
 ) -> tuple[Tensor, Tensor]:
     """As `naive.attend_both`, in one call; ValueError for a code that names no codeword."""
     positions, inv_freq, factor, interleaved = rotation or (None, None, 1.0, False)
-    # A decode step calls this once a layer, and torch's dispatcher takes as long as all else here: only who traces needs it.
-    traced = type(query) is not Tensor or torch.compiler.is_compiling()
-    run = torch.ops.kvfold.attend_codes if traced else _attend_codes
+    run: Callable[..., tuple[Tensor, Tensor]] = _attend_codes if native.eager(query) else torch.ops.kvfold.attend_codes
     return run(
-        query,
-        *(key.packed, key.scale, key.codebooks, key.book, key.channels, key.bits),
-        *(value.packed, value.scale, value.codebooks, value.book, value.channels, value.bits),
+        *(query, *_fields(key), *_fields(value)),
         *(key.center, positions, inv_freq, factor, interleaved, mask, *exact, softmax_scale, softcap or 0.0, _skip()),
     )
 
@@ -80,11 +75,14 @@ def attend_pages(
     positions, inv_freq, factor, interleaved = rotation or (None, None, 1.0, False)
     run: Callable[..., Tensor] = _attend_pages if native.eager(query) else torch.ops.kvfold.attend_pages
     return run(
-        *(query, table, list(lengths)),
-        *(key.packed, key.scale, key.codebooks, key.book, key.channels, key.bits),
-        *(value.packed, value.scale, value.codebooks, value.book, value.channels, value.bits),
+        *(query, table, list(lengths), *_fields(key), *_fields(value)),
         *(key.center, positions, inv_freq, factor, interleaved, softmax_scale, softcap or 0.0, _skip()),
     )
+
+
+def _fields(coded: Coded) -> tuple:
+    """What the op in torch's library is told of a side (`_SIDES`)."""
+    return coded.packed, coded.scale, coded.codebooks, coded.book, coded.channels, coded.bits
 
 
 def _skip() -> float:
@@ -129,14 +127,8 @@ def _attend_codes(
     out, lse = _results(query, value_channels.numel())
     native.module().attend_codes(
         array(query.float().contiguous()),
-        array(key_packed),
-        _scale_bits(key_scale),
-        key_bits,
-        native.books(key_codebooks, key_book, key_channels),
-        array(value_packed),
-        _scale_bits(value_scale),
-        value_bits,
-        native.books(value_codebooks, value_book, value_channels),
+        *_side(key_packed, key_scale, key_codebooks, key_book, key_channels, key_bits),
+        *_side(value_packed, value_scale, value_codebooks, value_book, value_channels, value_bits),
         None if key_center is None else array(key_center.float().contiguous()),
         None if positions is None else array(positions.to(torch.int32).contiguous()),
         None if inv_freq is None else array(inv_freq.float().contiguous()),
@@ -188,14 +180,8 @@ def _attend_pages(
         array(query.float().contiguous()),
         array(table.to(torch.int32)),
         array(torch.tensor(lengths, dtype=torch.int32)),
-        array(key_packed),
-        _scale_bits(key_scale),
-        key_bits,
-        native.books(key_codebooks, key_book, key_channels),
-        array(value_packed),
-        _scale_bits(value_scale),
-        value_bits,
-        native.books(value_codebooks, value_book, value_channels),
+        *_side(key_packed, key_scale, key_codebooks, key_book, key_channels, key_bits),
+        *_side(value_packed, value_scale, value_codebooks, value_book, value_channels, value_bits),
         None if key_center is None else array(key_center.float().contiguous()),
         None if positions is None else array(positions[:, :longest].to(torch.int32).contiguous()),
         None if inv_freq is None else array(inv_freq.float().contiguous()),
@@ -231,8 +217,10 @@ def _attend_exact(
     return out, lse
 
 
-def _scale_bits(scale: Tensor) -> Any:
-    return native.array(scale if scale.dtype == torch.uint8 else scale.view(torch.uint16))
+def _side(packed: Tensor, scale: Tensor, codebooks: Tensor, book: Tensor, channels: Tensor, bits: int) -> tuple:
+    """What the C++ op is told of a side."""
+    scale_bits = native.array(scale if scale.dtype == torch.uint8 else scale.view(torch.uint16))
+    return native.array(packed), scale_bits, bits, native.books(codebooks, book, channels)
 
 
 def _pages_result(query: Tensor, value_channels: Tensor) -> Tensor:

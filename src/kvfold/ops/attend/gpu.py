@@ -24,13 +24,12 @@ import triton.language as tl
 from torch import Tensor
 
 from kvfold.ops.attend import gpu_step
-from kvfold.ops.attend.gpu_parts import scale_of
+from kvfold.ops.attend.gpu_parts import MOST_SPLITS, mask_strides, scale_of
 from kvfold.ops.attend.naive import Coded, Rotation
 from kvfold.ops.interpreter import interpreted
 
 _TABLE_ROWS = 16  # query rows of a KV head at most that score from tables
 _TABLE_SIZE = 1024  # codewords at most, likewise
-_MOST_SPLITS = 128
 _LEAST = 16  # of a dimension of a product on tensor cores
 _PROGRAMS = 4  # a multiprocessor, at least, before keys are split no further
 
@@ -306,7 +305,7 @@ def _partial(
     if centered:
         assert key.center is not None
         center = [keys.gather(x * key.center[:, None]).to(factors) for x in (a, b)]
-    look = nothing if mask is None else mask.view(torch.uint8)
+    look, seen = mask_strides(mask)
     tile, block, warps = _blocks(rows, max(keys.padded, values.padded), factors == torch.float16)
     row_blocks = triton.cdiv(rows, block)
     splits, each = _splits(batch * kv_heads * row_blocks, tokens, tile, query.device)
@@ -318,7 +317,7 @@ def _partial(
         *keys.arguments(),
         *values.arguments(),
         *(turns, turns.stride(0) if len(turns) > 1 else 0, turns.shape[-1], column),
-        *(look, look.stride(0) if len(look) > 1 else 0, *look.stride()[2:]),
+        *(nothing if look is None else look, *seen),
         *(kv_heads, rows, queries, tokens, each, softmax_scale, softcap or 0.0),
         *keys.sizes(),
         *values.sizes(),
@@ -378,6 +377,6 @@ def processors(device: torch.device) -> int:
 def _splits(blocks: int, tokens: int, tile: int, device: torch.device) -> tuple[int, int]:
     """Splits of the keys and tokens of each, whole tiles, so that every multiprocessor has work."""
     tiles = triton.cdiv(tokens, tile)
-    wanted = min(max(1, _PROGRAMS * processors(device) // blocks), triton.cdiv(tiles, 2), _MOST_SPLITS)
+    wanted = min(max(1, _PROGRAMS * processors(device) // blocks), triton.cdiv(tiles, 2), MOST_SPLITS)
     each = triton.cdiv(tiles, wanted)
     return triton.cdiv(tiles, each), each * tile

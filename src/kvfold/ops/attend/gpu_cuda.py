@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import math
 from importlib import resources
 from typing import Any
@@ -18,13 +19,13 @@ import torch
 import triton
 from torch import Tensor
 
+from kvfold.ops.attend.gpu_parts import MOST_SPLITS, mask_strides
 from kvfold.ops.attend.naive import Coded, Rotation
 
 DIM = 32  # channels of a group
 _ROWS = 4  # query rows of a block
 _WARPS = {True: 12, False: 20}  # of a block, with keys before RoPE and after
 _OVERHEAD = 1500  # a block's cost in keys beside that of its keys: tables or codewords copied, masses times codebooks
-_MOST_SPLITS = 128
 _SOURCES = ("step.cu", "step_ptx.cuh", "step_parts.cuh", "step_turned.cuh", "step_tables.cuh")
 
 
@@ -48,10 +49,8 @@ class _Step(ctypes.Structure):
         ("keys", _Side),
         ("values", _Side),
         *((name, ctypes.c_int64) for name in ("mask", "mask_b", "mask_q", "mask_t", "turning", "frequency", "positions")),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("positions_b", "turns", "consecutive", "eighths_b", "tables", "logits", "out", "lse")
-        ),
+        *((name, ctypes.c_int64) for name in ("positions_b", "turns", "consecutive", "eighths_b", "tables")),
+        *((name, ctypes.c_int64) for name in ("logits", "out", "lse")),
         *((name, ctypes.c_float) for name in ("softmax_scale", "softcap")),
         *((name, ctypes.c_int32) for name in ("heads", "rows", "queries", "tokens", "each", "batches")),
     ]
@@ -96,20 +95,26 @@ def _block(rows: int) -> int:
 
 @functools.cache
 def _shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory a block may use; 0 where this kernel does not run."""
-    if device.type != "cuda" or torch.version.hip or not can_compile():
+    """Bytes of shared memory a block may use; 0 where this kernel does not run, which is said if a package would help."""
+    if device.type != "cuda" or torch.version.hip:
         return 0
     properties: Any = torch.cuda.get_device_properties(device)
-    return properties.shared_memory_per_block_optin if properties.major >= 8 else 0
+    if properties.major < 8:
+        return 0
+    if can_compile(10 * properties.major + properties.minor):
+        return properties.shared_memory_per_block_optin
+    fix = "pip install kvfold[nvrtc], as new as the GPU. Until then decode steps run in Triton, two or three times as long."
+    logging.getLogger("kvfold").warning("NVIDIA's run-time compiler or cuda-bindings is missing or too old: %s", fix)
+    return 0
 
 
 @functools.cache
-def can_compile() -> bool:
-    """Whether cuda-bindings and the compiler itself are installed, in versions that belong together."""
+def can_compile(capability: int) -> bool:
+    """Whether cuda-bindings and the compiler are there, in versions that belong together, and know such a GPU (90: an H100)."""
     try:
         from cuda.bindings import nvrtc
 
-        return int(nvrtc.nvrtcVersion()[0]) == 0
+        return capability in _done(nvrtc.nvrtcGetSupportedArchs())
     except (ImportError, RuntimeError):
         return False
 
@@ -160,18 +165,15 @@ def partial(
     step.heads, step.rows, step.queries, step.tokens, step.each = key.packed.shape[1], rows, queries, tokens, each
     pointers = {"turning": turning, "frequency": frequency, "logits": logits, "out": out, "lse": lse}
     if mask is not None:
-        pointers["mask"] = look = mask.view(torch.uint8)
-        step.mask_b, step.mask_q, step.mask_t = look.stride(0) if len(look) > 1 else 0, *look.stride()[2:]
+        pointers["mask"], (step.mask_b, step.mask_q, step.mask_t) = mask, mask_strides(mask)[1]
     if tables is not None:
         pointers["tables"] = tables
     else:
         assert rotation is not None
         pointers["positions"] = positions = rotation.positions.contiguous()
         step.batches, eighths = len(positions), triton.cdiv(tokens, 8)
-        pointers["turns"] = turns = torch.empty(
-            len(positions), eighths, 2, turning.shape[-1], dtype=torch.float16, device=out.device
-        )
-        pointers["consecutive"] = torch.empty(len(positions), eighths, dtype=torch.bool, device=out.device)
+        turns = torch.empty(len(positions), eighths, 2, turning.shape[-1], dtype=torch.float16, device=out.device)
+        pointers |= {"turns": turns, "consecutive": torch.empty(turns.shape[:2], dtype=torch.bool, device=out.device)}
         if len(positions) > 1:
             step.positions_b, step.eighths_b = tokens, eighths
     for name, tensor in pointers.items():
@@ -197,7 +199,7 @@ def _splits(blocks: int, tokens: int, processors: int) -> tuple[int, int]:
     def end(splits: int) -> int:
         return triton.cdiv(blocks * splits, processors) * (triton.cdiv(tokens, splits) + _OVERHEAD)
 
-    splits = min(range(1, 1 + min(_MOST_SPLITS, triton.cdiv(tokens, 128))), key=end)
+    splits = min(range(1, 1 + min(MOST_SPLITS, triton.cdiv(tokens, 128))), key=end)
     each = triton.cdiv(triton.cdiv(tokens, splits), 128) * 128
     return triton.cdiv(tokens, each), each
 
@@ -216,7 +218,7 @@ def _kernels(device: torch.device, shared: int, names: tuple[tuple[str, int | st
     from cuda.bindings import driver
 
     with torch.cuda.device(device):
-        module = _done(driver.cuModuleLoadData(compiled(names, "".join(map(str, torch.cuda.get_device_capability(device))))))
+        module = _done(driver.cuModuleLoadData(compiled(names, "{}{}".format(*torch.cuda.get_device_capability(device)))))
         kernels = {"step": _done(driver.cuModuleGetFunction(module, b"step"))}
         if dict(names)["TURNED"]:
             kernels["turns"] = _done(driver.cuModuleGetFunction(module, b"turns"))
@@ -236,12 +238,7 @@ def compiled(names: tuple[tuple[str, int | str], ...], capability: str) -> bytes
     source, *headers = (resources.files("kvfold.ops.attend").joinpath(name).read_bytes() for name in _SOURCES)
     included = [name.encode() for name in _SOURCES[1:]]
     program = _done(nvrtc.nvrtcCreateProgram(source, b"step.cu", len(headers), headers, included))
-    options = [
-        f"--gpu-architecture=sm_{capability}",
-        "--std=c++17",
-        "-default-device",
-        *(f"-D{name}={it}" for name, it in names),
-    ]
+    options = [f"--gpu-architecture=sm_{capability}", "--std=c++17", *(f"-D{name}={it}" for name, it in names)]
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         log = bytearray(_done(nvrtc.nvrtcGetProgramLogSize(program)))

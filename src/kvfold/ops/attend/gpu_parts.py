@@ -1,9 +1,21 @@
-"""What the Triton kernels of attention share: scales, angles, and sums of codewords of codes of a byte."""
+"""What the GPU kernels of attention share: masks, scales, angles, and sums of codewords of codes of a byte."""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+MOST_SPLITS = 128  # of the keys: a program of `gpu._join` holds a row's outputs over all of them
+
+
+def mask_strides(mask: Tensor | None) -> tuple[Tensor | None, tuple[int, int, int]]:
+    """A mask `[B or 1, 1, Q, T]` as bytes, and its strides over batch (0 if all share it), queries and keys."""
+    if mask is None:
+        return None, (0, 0, 0)
+    look = mask.view(torch.uint8)
+    return look, (look.stride(0) if len(look) > 1 else 0, look.stride(2), look.stride(3))
 
 
 @triton.jit

@@ -30,13 +30,12 @@ import triton.language as tl
 from torch import Tensor
 
 from kvfold.ops.attend import gpu_cuda
-from kvfold.ops.attend.gpu_parts import decoded, scale_of, sincos
+from kvfold.ops.attend.gpu_parts import MOST_SPLITS, decoded, mask_strides, scale_of, sincos
 from kvfold.ops.attend.naive import Coded, Rotation
 from kvfold.ops.interpreter import interpreted
 
 _MOST_ROWS = 16  # query rows of a KV head
 _LOOKED_UP = 1024  # keys of a tile that is looked up, one a thread
-_MOST_SPLITS = 128
 _PROGRAMS = 16  # a multiprocessor, if there are that many tiles
 _TABLE_BYTES = 1 << 17  # of the tables of a KV head, so that they stay in the first-level cache
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # a stage's codes of all groups
@@ -84,15 +83,14 @@ def partial(
     size, tall = key.codebooks.shape[1], triton.next_power_of_2(rows)
     made: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
     turning, frequency = torch.empty(3, pairs, rows, width, **made), torch.empty(width, **made)
-    inv_freq, turned = (None, 0) if rotation is None else (rotation.inv_freq, len(rotation.inv_freq))
+    inv_freq, rotary = (None, 0) if rotation is None else (rotation.inv_freq, len(rotation.inv_freq))
     factor, interleaved = (1.0, False) if rotation is None else (rotation.factor, rotation.interleaved)
     _queries[(pairs,)](
         *(query.contiguous(), key.channels, inv_freq, turning, frequency),
-        *(rows, turned, factor, interleaved, width, tall),
+        *(rows, rotary, factor, interleaved, width, tall),
     )
     logits = torch.empty(pairs, tokens, tall, **made)
-    look = None if mask is None else mask.view(torch.uint8)
-    seen = (0, 0, 0) if look is None else (look.stride(0) if len(look) > 1 else 0, *look.stride()[2:])
+    look, seen = mask_strides(mask)
     finish = (rows, tokens, queries, look, *seen, softmax_scale, softcap)
     positions = None if rotation is None else rotation.positions
     places = (positions, 0 if positions is None or len(positions) == 1 else positions.stride(0))
@@ -109,25 +107,15 @@ def partial(
         scores("center", False)
     turned = rotation is not None and key.center is None
     looked_up = not turned and 2 * stages * groups * size * tall <= _TABLE_BYTES
-    natively = (turned or looked_up) and gpu_cuda.takes(key, value, turned, rows)
     tables = None
     if looked_up:
         tables = torch.empty(pairs, stages * groups, size, tall, dtype=torch.float16, device=query.device)
         *codes, codebooks, book = _arguments(key)
         _tables[(pairs, stages * groups)](
-            turning,
-            codebooks,
-            book,
-            tables,
-            kv_heads,
-            rows,
-            groups,
-            *sizes[2:],
-            max(16, triton.next_power_of_2(size)),
-            max(8, tall),
-            tall,
+            *(turning, codebooks, book, tables, kv_heads, rows, groups, *sizes[2:]),
+            *(max(16, triton.next_power_of_2(size)), max(8, tall), tall),
         )
-    if natively:
+    if (turned or looked_up) and gpu_cuda.takes(key, value, turned, rows):
         prepared = (turning, frequency, tables, logits, key, value, rotation, mask, softmax_scale, softcap)
         return gpu_cuda.partial(*prepared, queries, processors)
 
@@ -153,7 +141,7 @@ def partial(
 def _splits(pairs: int, tokens: int, tile: int, processors: int) -> tuple[int, int]:
     """Splits of the keys and tokens of each, whole tiles, so that every multiprocessor has work several times over."""
     tiles = triton.cdiv(tokens, tile)
-    each = triton.cdiv(tiles, max(1, min(_PROGRAMS * processors // pairs, _MOST_SPLITS)))
+    each = triton.cdiv(tiles, max(1, min(_PROGRAMS * processors // pairs, MOST_SPLITS)))
     return triton.cdiv(tiles, each), each * tile
 
 

@@ -1,9 +1,9 @@
 // A decode step's attention on residual codes for NVIDIA GPUs, one thread block a split of a KV head's keys.
 //
-// Compiled when first used (gpu_native.py) for one form of codes; these names are given then:
+// Compiled when first used (gpu_cuda.py) for one form of codes; these names are given then:
 //   K_STAGES K_GROUPS K_SIZE, V_STAGES V_GROUPS V_SIZE   codes of a byte, groups of 32 channels, float16 codewords
 //   ROWS     query rows of a block: 1, 2 or 4            TALL   rows of a KV head, a power of 2
-//   TURNED   keys before RoPE; otherwise scores come from tables      TWICE  stages whose codewords stand twice (below)
+//   TURNED   keys before RoPE; otherwise scores come from tables      TWICE  stages whose codewords stand twice
 //   POSITION type of a position: int or i64
 //   MORE     logits hold what a rotated center adds      MASKED, CAPPED
 //   K_SCALE, V_SCALE   type of a scale: u16 (float16) or u8 (its upper half)

@@ -19,12 +19,12 @@ DEVICE u32 turn_of(float angle) {
 }
 
 extern "C" __global__ void turns(const __grid_constant__ Step step) {
-    const int at = blockIdx.x * blockDim.x + threadIdx.x, eighths = (step.tokens + 7) / 8;
+    const i64 at = i64(blockIdx.x) * blockDim.x + threadIdx.x, eighths = (step.tokens + 7) / 8;
     if (at >= step.batches * eighths * WIDTH) return;
     const int channel = at % WIDTH, start = at / WIDTH % eighths * 8;
     const POSITION* from = step.positions + at / WIDTH / eighths * step.positions_b + start;
     const u32 both = turn_of(float(from[0]) * step.frequency[channel]);
-    u16* row = step.turns + i64(at / WIDTH) * 2 * WIDTH + channel;
+    u16* row = step.turns + at / WIDTH * 2 * WIDTH + channel;
     row[0] = u16(both);
     row[WIDTH] = u16(both >> 16);
     if (channel > 0) return;
