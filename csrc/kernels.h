@@ -13,6 +13,10 @@ struct CodeOutOfRange : std::invalid_argument {
   CodeOutOfRange() : std::invalid_argument("a code names a codeword that is not there") {}
 };
 
+struct NonFinite : std::invalid_argument {
+  NonFinite() : std::invalid_argument("NaN or Inf") {}
+};
+
 // vectors [batch, heads, tokens, groups, dim] with dense (tokens, groups, dim); codes int32 [batch, heads, tokens, stages,
 // groups].
 struct EncodeCall {
@@ -23,40 +27,67 @@ struct EncodeCall {
   int threads;
 };
 
-// x [batch, heads, tokens, groups * dim] with strides in elements; `channels` [groups * dim]; `weights` [heads, groups, dim, dim]
-// or null; one of the scales [batch, heads, tokens], the other is null.
-struct ScaleCall {
-  const float* x;
-  const int64_t* channels;
-  const float* weights;
-  uint16_t* scales;
-  uint8_t* short_scales;
-  int64_t batch, heads, tokens, groups, dim;
-  int64_t batch_stride, head_stride, token_stride;
+// Where keys stand and how they were rotated there: positions [batch or 1, tokens] with stride 0 if all share them, null for keys
+// that are not rotated; inv_freq [rotary].
+struct Turn {
+  const int32_t* positions = nullptr;
+  int64_t positions_stride = 0;
+  const float* inv_freq = nullptr;
+  int64_t rotary = 0;
+  float factor = 1;
+  bool interleaved = false;
 };
 
-// From vectors to what is stored of them: the scales of `scaling`, and `packed` [batch, heads, tokens, bytes], codes of the books
-// of the search.
+// Where codes and scales are kept: rows [batch, heads, tokens], strides in bytes and in scales. With `slots`, those of token t are in
+// page slots[t] / block, at its place slots[t] % block: a page takes the place of a batch row; a token of negative slot is not kept.
+struct Stored {
+  uint8_t* packed;
+  void* scale;  // float16, or its bits 7 to 14 in a byte if `short_scale`
+  bool short_scale;
+  int64_t batch_stride, head_stride, token_stride;
+  int64_t scale_batch_stride, scale_head_stride, scale_token_stride;
+  const int64_t* slots = nullptr;
+  int64_t block = 1;
+
+  bool keeps(int64_t t) const { return !slots || slots[t] >= 0; }
+  uint8_t* packed_of(int64_t b, int64_t g, int64_t t) const {
+    if (slots) b = slots[t] / block, t = slots[t] % block;
+    return packed + b * batch_stride + g * head_stride + t * token_stride;
+  }
+  int64_t scale_of(int64_t b, int64_t g, int64_t t) const {
+    if (slots) b = slots[t] / block, t = slots[t] % block;
+    return b * scale_batch_stride + g * scale_head_stride + t * scale_token_stride;
+  }
+};
+
+// x [batch, heads, tokens, groups * dim] with strides in elements, float32, or bfloat16 if `half`, rotated as `turn` says; `channels`
+// [groups * dim]; `weights` [heads, groups, dim, dim] or null.
+struct ScaleCall {
+  const void* x;
+  bool half;
+  const int64_t* channels;
+  const float* weights;
+  int64_t batch, heads, tokens, groups, dim;
+  int64_t batch_stride, head_stride, token_stride;
+  Turn turn;
+};
+
+// From vectors to what is stored of them, with the books of the search.
 struct CodeCall {
   ScaleCall scaling;
-  uint8_t* packed;
+  Stored to;
   int bits;
   int64_t beam;
   const Books* books;
-  int threads;
 };
 
-// x [batch, heads, tokens, dim] with strides in elements, out dense; positions [batch or 1, tokens] with stride 0 if all share them;
-// inv_freq [rotary].
+// x [batch, heads, tokens, dim] with strides in elements, out dense.
 struct RopeCall {
   const float* x;
   float* out;
-  const int32_t* positions;
-  const float* inv_freq;
-  int64_t batch, heads, tokens, dim, rotary, positions_stride;
+  int64_t batch, heads, tokens, dim;
   int64_t batch_stride, head_stride, token_stride;
-  float factor;
-  bool interleaved;
+  Turn turn;
   int threads;
 };
 
@@ -119,7 +150,8 @@ struct PagesCall {
 };
 
 void encode(const EncodeCall&);
-void code(const CodeCall&);
+// Codes both sides of a layer, or one; throws NonFinite for NaN or Inf if `checked`.
+void code(const CodeCall* calls, int64_t count, bool checked, int threads);
 void decode(const DecodeCall&);
 void unrotate(const RopeCall&);
 void attend(const AttendCall&);

@@ -43,42 +43,6 @@ void encode_arrays(const Array<const float>& vectors, const Books& books, int64_
   encode(call);
 }
 
-void code_arrays(const Array<const float>& x, const Books& books, const Array<const int64_t>& channels,
-                 const std::optional<Array<const float>>& weights, int bits, int64_t beam, int threads,
-                 const Array<uint8_t>& packed, const nb::ndarray<nb::device::cpu>& scale) {
-  require(x.ndim() == 4, "vectors [B, G, T, D]");
-  const int64_t batch = x.shape(0), tokens = x.shape(2), width = books.head_dim();
-  require_shape(x, {batch, books.heads, tokens, width}, "vectors, not [B, G, T, D] of the books");
-  require(x.size() == 0 || x.stride(3) == 1, "vectors with gaps within a token");
-  require(bits >= 1 && bits <= 16 && books.size <= int64_t{1} << bits, "codes of 1 to 16 bits that number all codewords");
-  require_shape(packed, {batch, books.heads, tokens, (books.codes() * bits + 7) / 8}, "packed codes, not [B, G, T, bytes]");
-  require_dense(packed, "packed codes");
-  require(beam >= 1 && width >= 2, "beam of at least 1 and vectors of two channels");
-  require_shape(channels, {books.groups, books.dim}, "channels, not [P, d]");
-  require_dense(channels, "channels");
-  for (int64_t i = 0; i < width; i++) require(channels.data()[i] >= 0 && channels.data()[i] < width, "a channel that is not there");
-  ScaleCall scaling{};
-  if (weights) {
-    require_shape(*weights, {books.heads, books.groups, books.dim, books.dim}, "weights, not [G, P, d, d]");
-    require_dense(*weights, "weights");
-    scaling.weights = weights->data();
-  }
-  require_shape(scale, {batch, books.heads, tokens, 1}, "scale, not [B, G, T, 1]");
-  require(scale.size() == 0 || scale.stride(2) == 1, "scale has gaps");
-  const bool short_scale = scale.dtype() == nb::dtype<uint8_t>();
-  require(short_scale || scale.dtype() == nb::dtype<uint16_t>(), "scale of uint8 or uint16");
-  scaling.x = x.data(), scaling.channels = channels.data();
-  if (short_scale)
-    scaling.short_scales = static_cast<uint8_t*>(scale.data());
-  else
-    scaling.scales = static_cast<uint16_t*>(scale.data());
-  scaling.batch = batch, scaling.heads = books.heads, scaling.tokens = tokens, scaling.groups = books.groups, scaling.dim = books.dim;
-  scaling.batch_stride = x.stride(0), scaling.head_stride = x.stride(1), scaling.token_stride = x.stride(2);
-  const CodeCall call{scaling, packed.data(), bits, beam, &books, threads};
-  nb::gil_scoped_release free;
-  code(call);
-}
-
 void decode_arrays(const Array<const int32_t>& codes, const Books& books, int threads, const Array<float>& vectors) {
   require(codes.ndim() == 5, "codes [B, G, T, S, P]");
   const int64_t batch = codes.shape(0), tokens = codes.shape(2);
@@ -103,9 +67,9 @@ void unrotate_arrays(const Array<const float>& x, const Array<const int32_t>& po
   require_dense(out, "out");
   require_dense(positions, "positions");
   require_dense(inv_freq, "inv_freq");
-  const RopeCall call{x.data(), out.data(), positions.data(), inv_freq.data(), batch, heads, tokens, dim,
-                      static_cast<int64_t>(inv_freq.shape(0)), rows == 1 ? 0 : tokens, x.stride(0), x.stride(1), x.stride(2),
-                      factor, interleaved, threads};
+  const Turn turn{positions.data(), rows == 1 ? 0 : tokens, inv_freq.data(), static_cast<int64_t>(inv_freq.shape(0)), factor,
+                  interleaved};
+  const RopeCall call{x.data(), out.data(), batch, heads, tokens, dim, x.stride(0), x.stride(1), x.stride(2), turn, threads};
   nb::gil_scoped_release free;
   unrotate(call);
 }
@@ -173,10 +137,9 @@ NB_MODULE(KV_MODULE, m) {
   nb::class_<Books>(m, "Books").def_prop_ro("heads", [](const Books& books) { return books.heads; });
   m.def("make_books", &make_books, "codebooks"_a, "book"_a, "channels"_a, nb::rv_policy::take_ownership);
   m.def("encode", &encode_arrays);
-  m.def("code", &code_arrays, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-        nb::arg());
   m.def("decode", &decode_arrays);
   m.def("unrotate", &unrotate_arrays);
+  bind_coding(m);
   bind_attention(m);
   m.def("read", &read_array, "bytes"_a, "threads"_a);
   m.def("supports", &supports, "isa"_a, "Whether this CPU runs the module of that instruction set.");

@@ -41,6 +41,7 @@ void require_dense(const Array<T>& array, const char* what) {
     if (array.shape(axis) > 1 && array.stride(axis) != stride) throw std::invalid_argument(std::string(what) + " has gaps");
 }
 
+void bind_coding(nb::module_& m);     // module_code.cpp
 void bind_attention(nb::module_& m);  // module_attend.cpp
 
 }  // namespace kvfold

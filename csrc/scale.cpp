@@ -3,6 +3,7 @@
 #include "scale.h"
 
 #include "lanes.h"
+#include "rope.h"
 
 #include <algorithm>
 #include <cmath>
@@ -25,7 +26,7 @@ double sum_of(int64_t count, Term term) {
   return total;
 }
 
-// Standard deviation, or the largest magnitude of a vector that is constant but for rounding.
+// Standard deviation, or the largest magnitude of a vector that is constant but for rounding; NaN for one with NaN or Inf.
 float spread_of(const float* x, int64_t dim) {
   const double mean = sum_of(dim, [&](int64_t j) { return static_cast<double>(x[j]); }) / static_cast<double>(dim);
   const double square = sum_of(dim, [&](int64_t j) { return (x[j] - mean) * (x[j] - mean); });
@@ -65,28 +66,40 @@ void weigh(const float* x, int64_t stride, const float* weights, int64_t dim, fl
 
 }  // namespace
 
-void scaled_groups(const ScaleCall& call, int64_t b, int64_t g, int64_t first, int64_t count, float* vectors) {
+bool scaled_groups(const ScaleCall& call, const Stored& to, int64_t b, int64_t g, int64_t first, int64_t count, const float* sines,
+                   float* vectors) {
   const int64_t dim = call.dim, width = call.groups * dim;
-  std::vector<float> unweighted(call.weights ? count * width : 0);
+  std::vector<float> unweighted(call.weights ? count * width : 0), own(call.half || call.turn.positions ? width : 0);
   float* const scaled = call.weights ? unweighted.data() : vectors;
+  bool finite = true;
   for (int64_t t = 0; t < count; t++) {
-    const float* x = call.x + b * call.batch_stride + g * call.head_stride + (first + t) * call.token_stride;
+    const int64_t from = b * call.batch_stride + g * call.head_stride + (first + t) * call.token_stride;
+    const float* x = static_cast<const float*>(call.x) + from;
+    if (call.half) {
+      const uint16_t* halves = static_cast<const uint16_t*>(call.x) + from;
+      for (int64_t i = 0; i < width; i++) own[i] = from_bfloat16(halves[i]);
+      x = own.data();
+    }
+    if (call.turn.positions) {
+      turn_back(call.turn, sines + t * 2 * call.turn.rotary, x, width, own.data());
+      x = own.data();
+    }
     const float spread = spread_of(x, width);
-    const int64_t at = (b * call.heads + g) * call.tokens + first + t;
-    float scale;
-    if (call.short_scales) {
+    finite = finite && std::isfinite(spread);
+    float scale = 0;
+    if (to.short_scale) {
       const int bits = (to_half(std::min(spread, 61440.0f)) + 64) >> 7;  // packing.pack_scale
-      call.short_scales[at] = static_cast<uint8_t>(bits);
+      if (to.keeps(first + t)) static_cast<uint8_t*>(to.scale)[to.scale_of(b, g, first + t)] = static_cast<uint8_t>(bits);
       scale = half_to_float(static_cast<uint16_t>(bits << 7));
     } else {
       const uint16_t bits = to_half(std::min(spread, 65504.0f));
-      call.scales[at] = bits;
+      if (to.keeps(first + t)) static_cast<uint16_t*>(to.scale)[to.scale_of(b, g, first + t)] = bits;
       scale = half_to_float(bits);
     }
     const float divisor = scale > 0 ? scale : 1.0f;
     for (int64_t i = 0; i < width; i++) scaled[t * width + i] = x[call.channels[i]] / divisor;
   }
-  if (!call.weights) return;
+  if (!call.weights) return finite;
   for (int64_t p = 0; p < call.groups; p++) {
     const float* weights = call.weights + (g * call.groups + p) * dim * dim;
     int64_t t = 0;
@@ -94,6 +107,7 @@ void scaled_groups(const ScaleCall& call, int64_t b, int64_t g, int64_t first, i
       weigh<kVectors>(scaled + t * width + p * dim, width, weights, dim, vectors + t * width + p * dim);
     for (; t < count; t++) weigh<1>(scaled + t * width + p * dim, width, weights, dim, vectors + t * width + p * dim);
   }
+  return finite;
 }
 
 }  // namespace kvfold

@@ -23,3 +23,10 @@ class UnsupportedModelError(InputError):
 
 class CacheFullError(InputError):
     """The next tokens do not fit `max_bytes`; the cache is left as it was."""
+
+
+def non_finite() -> InputError:
+    """The error that keys or values with NaN or Inf are refused with."""
+    return InputError(
+        "finite keys and values", "NaN or Inf", "check the model's weights and dtype (float16 overflows: try bfloat16)"
+    )

@@ -13,9 +13,8 @@ from torch import LongTensor, Tensor
 from kvfold.cache.layer import CodedLayer
 from kvfold.cache.positions import Positions
 from kvfold.codecs.artifact import CodecSet
-from kvfold.codecs.base import non_finite
 from kvfold.compat import Cache, dense_layers
-from kvfold.errors import CacheFullError, InputError
+from kvfold.errors import CacheFullError, InputError, non_finite
 
 SINKS, WINDOW, BLOCK = 4, 64, 16
 LOWERED_TOGETHER = 256  # tokens that lose a stage at once

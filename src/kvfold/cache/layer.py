@@ -21,11 +21,11 @@ from kvfold.cache.past import CodedPast
 from kvfold.cache.positions import Positions
 from kvfold.cache.view import CacheView, CodedPiece
 from kvfold.codecs import Codec
-from kvfold.codecs.base import finite, non_finite
+from kvfold.codecs.base import finite
 from kvfold.codes import Codes
 from kvfold.compat import CacheLayerMixin
 from kvfold.config import RopeSpec
-from kvfold.errors import InputError
+from kvfold.errors import InputError, non_finite
 
 
 class CodedLayer(CacheLayerMixin):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from kvfold.codecs.base import non_finite
+from kvfold.errors import non_finite
 from kvfold.progress import Progress
 
 _LENGTH, _BATCH = 512, 32

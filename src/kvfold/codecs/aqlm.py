@@ -88,12 +88,12 @@ class AqlmCodec(ResidualCodec):
         left, gain = self._rounds, 1.0
         while left and gain > _LEAST_GAIN:
             before = self.codebooks
-            self._replace(self._stored(fitting.solve(before, codes)))
+            self.codebooks = self._stored(fitting.solve(before, codes))
             codes = fitting.better(self.codebooks, codes, self._search_codes(vectors[None])[0])
             loss = float(fitting.loss(self.codebooks, codes)) / whole
             gain = 1 - loss / max(self.losses[-1], 1e-300)
             if gain < 0:  # by rounding
-                self._replace(before)
+                self.codebooks = before
             else:
                 self.losses.append(loss)
             left -= 1
@@ -108,9 +108,6 @@ class AqlmCodec(ResidualCodec):
         root = self.weights.float()
         size = demand.diagonal(dim1=1, dim2=2)[:, self.channels].mean(-1) ** self._settings.weight_power  # [G, P]
         return (root @ root.mT) * (size / size.mean().clamp_min(1e-30))[..., None, None]
-
-    def _replace(self, codebooks: Tensor) -> None:
-        self.codebooks, self._searched = codebooks, None
 
 
 class AdditiveFit:

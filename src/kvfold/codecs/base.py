@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvfold import ops
 from kvfold.codes import Codes
-from kvfold.errors import InputError
+from kvfold.errors import InputError, non_finite
 
 Side = Literal["key", "value"]
 
@@ -184,6 +184,11 @@ class Codec(ABC):
         return None
 
     @property
+    def coder(self) -> ops.Coder | None:
+        """What `encode` is to the fused `ops.code_pages`, or None if the method has no fused op."""
+        return None
+
+    @property
     def codebook_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
@@ -213,13 +218,6 @@ class Codec(ABC):
 
     def __deepcopy__(self, memo: dict) -> Self:
         return self  # a copied cache shares its codecs
-
-
-def non_finite() -> InputError:
-    """The error that keys or values with NaN or Inf are refused with."""
-    return InputError(
-        "finite keys and values", "NaN or Inf", "check the model's weights and dtype (float16 overflows: try bfloat16)"
-    )
 
 
 def finite(*tensors: Tensor) -> bool:

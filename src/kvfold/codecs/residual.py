@@ -128,7 +128,7 @@ class ResidualCodec(Codec):
         self.codebooks = torch.empty(0, settings.codebook_size, settings.group, dtype=_DTYPES[settings.codebook_dtype])
         self.book = torch.empty(settings.stages, 0, groups, dtype=torch.int64)
         self.weights: Tensor | None = None
-        self._searched: tuple[int, Tensor, Tensor] | None = None
+        self._coder: tuple[Tensor, int, ops.Coder] | None = None
 
     @property
     def centers(self) -> bool:
@@ -190,27 +190,34 @@ class ResidualCodec(Codec):
 
     def _encode(self, x: Tensor) -> Codes:
         self._require_heads(x.shape[1])
-        codebooks, book = self._search()
-        beam, scale_bits = self._settings.beam, self._settings.scale_bits
-        packed, scale = ops.code(x, codebooks, book, self.channels, self.weights, self.bits, beam, scale_bits)
+        packed, scale = ops.code(x, *self.coder)
         return Codes({"codes": packed, "scale": scale})
+
+    @property
+    def coder(self) -> ops.Coder:
+        books, now = self.codebooks, version(self.codebooks)
+        if self._coder is None or self._coder[0] is not books or self._coder[1] != now:
+            settings, weights = self._settings, None if self.weights is None else self.weights.float()
+            codebooks, book = self._search(weights)
+            beam, scale_bits = settings.beam, settings.scale_bits
+            self._coder = books, now, ops.Coder(codebooks, book, self.channels, weights, self.bits, beam, scale_bits)
+        return self._coder[2]
 
     def _search_codes(self, vectors: Tensor) -> Tensor:
         """Codes int32 `[B, G, T, S, P]` of scaled vectors `[B, G, T, P, d]`."""
-        if self.weights is not None:
-            vectors = torch.einsum("bgtpd,gpde->bgtpe", vectors, self.weights.float())
-        return ops.encode(vectors, *self._search(), self._settings.beam)
+        coder = self.coder
+        if coder.weights is not None:
+            vectors = torch.einsum("bgtpd,gpde->bgtpe", vectors, coder.weights)
+        return ops.encode(vectors, coder.codebooks, coder.book, coder.beam)
 
-    def _search(self) -> tuple[Tensor, Tensor]:
+    def _search(self, weights: Tensor | None) -> tuple[Tensor, Tensor]:
         """Codebooks and book of the search: with weights, every (stage, head, group) has its own, `codewords @ weights`."""
-        if self.weights is None:
+        if weights is None:
             return self.codebooks, self.book
-        if self._searched is None or self._searched[0] != version(self.codebooks):
-            codewords = self.codebooks.detach().float()[self.book]  # [S, G, P, C, d]
-            weighted = torch.einsum("sgpcd,gpde->sgpce", codewords, self.weights.float())
-            own = torch.arange(self.book.numel(), device=self.book.device).view(self.book.shape)
-            self._searched = version(self.codebooks), weighted.flatten(0, 2).half(), own
-        return self._searched[1:]
+        codewords = self.codebooks.detach().float()[self.book]  # [S, G, P, C, d]
+        weighted = torch.einsum("sgpcd,gpde->sgpce", codewords, weights)
+        own = torch.arange(self.book.numel(), device=self.book.device).view(self.book.shape)
+        return weighted.flatten(0, 2).half(), own
 
     def decode(self, codes: Codes) -> Tensor:
         coded = self.coded(codes)

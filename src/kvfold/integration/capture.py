@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kvfold import ops
-from kvfold.codecs.base import non_finite
 from kvfold.config import ModelSpec
+from kvfold.errors import non_finite
 from kvfold.integration.attach import hooked
 from kvfold.integration.models import input_device
 from kvfold.integration.stand_in import StandInCache, StandInLayer

@@ -10,6 +10,7 @@ from kvfold.ops.attend.naive import Coded, Exact, Rotation, attend_tiles, decode
 from kvfold.ops.attend.pages import alike
 from kvfold.ops.dispatch import available_backends, select
 from kvfold.ops.encode.code import scaled_groups
+from kvfold.ops.encode.pages import Coder, Stored
 from kvfold.ops.merge import merge
 from kvfold.ops.rope import rotate
 
@@ -32,6 +33,19 @@ def code(
 ) -> tuple[Tensor, Tensor]:
     """Packed codes and scales of vectors; see `ops/encode/code.py` for shapes."""
     return select("code", backend, x.device.type)(x, codebooks, book, channels, weights, bits, beam, scale_bits)
+
+
+def code_pages(
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    rotation: Rotation | None,
+    coders: tuple[Coder, Coder],
+    stored: tuple[Stored, Stored],
+    backend: str | None = None,
+) -> None:
+    """Code keys and values straight into pages; see `ops/encode/pages.py`."""
+    select("code_pages", backend, keys.device.type)(keys, values, slots, rotation, coders, stored)
 
 
 def decode(codes: Tensor, codebooks: Tensor, book: Tensor, backend: str | None = None) -> Tensor:
@@ -109,8 +123,10 @@ def unrotate(
 
 __all__ = [
     "Coded",
+    "Coder",
     "Exact",
     "Rotation",
+    "Stored",
     "alike",
     "attend",
     "attend_both",
@@ -119,6 +135,7 @@ __all__ = [
     "attend_tiles",
     "available_backends",
     "code",
+    "code_pages",
     "decode",
     "decode_tile",
     "encode",

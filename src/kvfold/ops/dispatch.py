@@ -26,12 +26,14 @@ from kvfold.ops.decode import naive as naive_decode
 from kvfold.ops.encode import cpu as cpu_encode
 from kvfold.ops.encode import naive as naive_encode
 from kvfold.ops.encode.code import code
+from kvfold.ops.encode.pages import code_pages
 from kvfold.ops.interpreter import interpreted
 
 _BACKENDS: dict[str, dict[str, Callable]] = {
     "naive": {
         "encode": naive_encode.encode,
         "code": partial(code, naive_encode.encode),
+        "code_pages": partial(code_pages, naive_encode.encode),
         "decode": naive_decode.decode,
         "unrotate": rope.unrotate,
         "attend": naive_attend.attend,
@@ -42,6 +44,7 @@ _BACKENDS: dict[str, dict[str, Callable]] = {
     "cpu": {
         "encode": cpu_encode.encode,
         "code": cpu_encode.code,
+        "code_pages": cpu_encode.code_pages,
         "decode": cpu_decode.decode,
         "unrotate": rope.unrotate_cpu,
         "attend": cpu_attend.attend,
@@ -92,6 +95,7 @@ def _gpu() -> dict[str, Callable]:
     encode, decode, attend = (importlib.import_module(f"kvfold.ops.{op}.gpu") for op in ("encode", "decode", "attend"))
     found = {"encode": encode.encode, "decode": decode.decode, "attend": attend.attend, "unrotate": rope.unrotate}
     found |= {"attend_pages": partial(pages.attend_pages, attend.attend), "code": encode.code}
+    found["code_pages"] = partial(code_pages, encode.encode)
     exact = naive_attend.attend_exact  # exact tokens are few: PyTorch's own products
     return {**found, "attend_exact": exact, "attend_both": partial(naive_attend.attend_both, attend.attend, exact)}
 

@@ -113,9 +113,10 @@ class Rows:
 
     @cached_property
     def positions(self) -> Tensor:
-        """Of all queries in their rows, int64 `[T]`."""
+        """Of all queries in their rows, int32 `[T]`."""
         rows = zip(self.lengths, self.queries, strict=True)
-        return torch.cat([torch.arange(0), *(torch.arange(length - asked, length) for length, asked in rows if length)])
+        places = [place for length, asked in rows if length for place in range(length - asked, length)]
+        return torch.tensor(places, dtype=torch.int32)
 
     @cached_property
     def steps(self) -> list[int]:
@@ -140,6 +141,19 @@ class Rows:
         return {}
 
 
+@dataclass(frozen=True)
+class _Fused:
+    """Of keys and of values: how they are coded, and the codes of all pages."""
+
+    coders: tuple[ops.Coder, ops.Coder]
+    coded: tuple[ops.Coded, ops.Coded]
+
+    @cached_property
+    def stored(self) -> tuple[ops.Stored, ops.Stored]:
+        key, value = self.coded
+        return ops.Stored(key.packed, key.scale), ops.Stored(value.packed, value.scale)
+
+
 class PagedLayer:
     """One layer's attention over pages.
 
@@ -153,6 +167,19 @@ class PagedLayer:
         self._key, self._value = key, value
         self._rope = rope if key.reads_positions else None
         self._inv_freq: Tensor | None = None
+        self._known: tuple[tuple, _Fused | None] | None = None
+
+    def _fused(self, pages: Tensor) -> _Fused | None:
+        """What the fused ops are told of `pages`, found anew only for other ones: an engine's stay where they are. None if a
+        codec has no such ops."""
+        place = (pages.data_ptr(), pages.shape, pages.stride(), pages.device)
+        if self._known is None or self._known[0] != place:
+            codecs, codes = (self._key, self._value), self.layout.all(pages)
+            coders = [codec.coder for codec in codecs if codec.coder is not None]
+            coded = [own for codec, mine in zip(codecs, codes, strict=True) if (own := codec.coded(mine)) is not None]
+            there = len(coders) == len(coded) == 2
+            self._known = place, _Fused((coders[0], coders[1]), (coded[0], coded[1])) if there else None
+        return self._known[1]
 
     def _rotation(self, positions: Tensor) -> ops.Rotation | None:
         """Of `positions [1, T]`."""
@@ -164,9 +191,13 @@ class PagedLayer:
 
     def store(self, pages: Tensor, slots: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         """Code keys (after RoPE) and values `[T, G, D]` of tokens at `positions [T]` into `slots [T]`."""
+        rotation = self._rotation(positions[None])
+        fused = self._fused(pages)
+        if fused is not None and not self._key.centers:
+            return ops.code_pages(keys, values, slots, rotation, fused.coders, fused.stored)
         keys, values = (x.transpose(0, 1)[None].float() for x in (keys, values))
         if self._rope is not None:
-            keys = self._key.unplace(keys, self._rotation(positions[None]))
+            keys = self._key.unplace(keys, rotation)
         self.layout.write(pages, slots, self._key.encode(keys), self._value.encode(values))
 
     def attend(
@@ -206,11 +237,10 @@ class PagedLayer:
         softcap: float | None,
     ) -> Tensor:
         """Attention `[R, H, D]` of rows of one query each, `query [R, H, D]`."""
-        keys, values = self.layout.all(pages)
-        key, value = self._key.coded(keys), self._value.coded(values)
-        if key is not None and value is not None:
+        fused = self._fused(pages)
+        if fused is not None:
             rotation = self._rotation(_places(max(lengths), query.device))
-            return ops.attend_pages(query, key, value, table, lengths, rotation, softmax_scale, softcap)
+            return ops.attend_pages(query, *fused.coded, table, lengths, rotation, softmax_scale, softcap)
         out = torch.empty(len(query), query.shape[1], self._value.head_dim, device=query.device)
         for rows in ops.alike(lengths):
             ends = torch.tensor([lengths[row] for row in rows], device=query.device)

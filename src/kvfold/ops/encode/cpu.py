@@ -6,10 +6,15 @@ taken one for the other.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from kvfold.errors import non_finite
 from kvfold.ops import native
+from kvfold.ops.attend.naive import Rotation
+from kvfold.ops.encode.pages import Coder, Stored
 from kvfold.packing import packed_bytes
 
 
@@ -31,6 +36,25 @@ def code(
     """As `code.code` (csrc/code.cpp)."""
     run = _code if native.eager(x) else torch.ops.kvfold.code
     return run(x, codebooks, book, channels, weights, bits, beam, scale_bits)
+
+
+def code_pages(
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    rotation: Rotation | None,
+    coders: tuple[Coder, Coder],
+    stored: tuple[Stored, Stored],
+) -> None:
+    """As `pages.code_pages`; ValueError for a slot that is not there."""
+    positions, inv_freq, factor, interleaved = rotation or (None, None, 1.0, False)
+    run: Callable[..., None] = _code_pages if native.eager(keys) else torch.ops.kvfold.code_pages
+    try:
+        run(slots, positions, inv_freq, factor, interleaved, keys, *coders[0], *stored[0], values, *coders[1], *stored[1])
+    except ValueError as error:
+        if str(error) != "NaN or Inf":
+            raise
+        raise non_finite() from error
 
 
 def _encode(vectors: Tensor, codebooks: Tensor, book: Tensor, beam: int) -> Tensor:
@@ -87,6 +111,62 @@ def _stored_like(
     return packed, x.new_empty((*x.shape[:3], 1), dtype=torch.uint8 if scale_bits == 8 else torch.float16)
 
 
+def _code_pages(
+    slots: Tensor,
+    positions: Tensor | None,
+    inv_freq: Tensor | None,
+    factor: float,
+    interleaved: bool,
+    keys: Tensor,
+    key_codebooks: Tensor,
+    key_book: Tensor,
+    key_channels: Tensor,
+    key_weights: Tensor | None,
+    key_bits: int,
+    key_beam: int,
+    key_scale_bits: int,
+    key_packed: Tensor,
+    key_scale: Tensor,
+    values: Tensor,
+    value_codebooks: Tensor,
+    value_book: Tensor,
+    value_channels: Tensor,
+    value_weights: Tensor | None,
+    value_bits: int,
+    value_beam: int,
+    value_scale_bits: int,
+    value_packed: Tensor,
+    value_scale: Tensor,
+) -> None:
+    array = native.array
+    native.module().code_pages(
+        array(slots.contiguous()),
+        None if positions is None else array(positions.to(torch.int32).contiguous()),
+        None if inv_freq is None else array(inv_freq.float().contiguous()),
+        factor,
+        interleaved,
+        torch.get_num_threads(),
+        *_searched(keys, key_codebooks, key_book, key_channels, key_weights, key_bits, key_beam),
+        *_place(key_packed, key_scale),
+        *_searched(values, value_codebooks, value_book, value_channels, value_weights, value_bits, value_beam),
+        *_place(value_packed, value_scale),
+    )
+
+
+def _searched(
+    x: Tensor, codebooks: Tensor, book: Tensor, channels: Tensor, weights: Tensor | None, bits: int, beam: int
+) -> tuple:
+    """What the C++ op is told of a side: vectors `[T, G, D]` as `[1, G, T, D]`, and how they are searched."""
+    given = x.view(torch.uint16) if x.dtype == torch.bfloat16 else x.float()
+    given = (given if given.stride(-1) == 1 else given.contiguous()).transpose(0, 1)[None]
+    own = None if weights is None else native.array(weights.float().contiguous())
+    return native.array(given), native.books(codebooks, book), native.array(channels), own, bits, beam
+
+
+def _place(packed: Tensor, scale: Tensor) -> tuple:
+    return native.array(packed), native.array(scale if scale.dtype == torch.uint8 else scale.view(torch.uint16))
+
+
 native.LIBRARY.define("encode(Tensor vectors, Tensor codebooks, Tensor book, int beam) -> Tensor")
 native.LIBRARY.impl("encode", _encode, "CPU")
 torch.library.register_fake("kvfold::encode", _like)
@@ -96,3 +176,19 @@ native.LIBRARY.define(
 )
 native.LIBRARY.impl("code", _code, "CPU")
 torch.library.register_fake("kvfold::code", _stored_like)
+
+
+def _code_side(side: str, first: str, second: str) -> str:
+    return (
+        f"Tensor {side}s, Tensor {side}_codebooks, Tensor {side}_book, Tensor {side}_channels, Tensor? {side}_weights, "
+        f"int {side}_bits, int {side}_beam, int {side}_scale_bits, "
+        f"Tensor({first}!) {side}_packed, Tensor({second}!) {side}_scale"
+    )
+
+
+native.LIBRARY.define(
+    "code_pages(Tensor slots, Tensor? positions, Tensor? inv_freq, float factor, bool interleaved, "
+    f"{_code_side('key', 'a', 'b')}, {_code_side('value', 'c', 'd')}) -> ()"
+)
+native.LIBRARY.impl("code_pages", _code_pages, "CPU")
+torch.library.register_fake("kvfold::code_pages")(lambda *given: None)
