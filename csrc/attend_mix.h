@@ -1,7 +1,7 @@
 // Masses times codebooks (attend_step.h) on the matrix unit, where groups share their codebooks: of a stage, the product
 //     sums[channel][group, row] += codewords[channel][codeword] . mass[codeword][group, row]
 // serves all of them. Codewords and masses are sums of two bfloat16 numbers each, and three of four products are formed: off by
-// 2^-16 of the sums.
+// 2^-17 of the sums.
 #pragma once
 
 #include "amx.h"
@@ -27,9 +27,8 @@ class UnitMix {
   static void mix(const Books& books, const int32_t* book, const float* mass, float* sums) {
     const AmxTiles tiles;
     for (int64_t first = 0; first < books.groups; first += kGroups)
-      for (int64_t channel = 0; channel < books.dim; channel += kChannels) {
+      for (int64_t channel = 0; channel < books.dim; channel += kChannels)
         for_set(books, book, mass, first, channel, sums + first * books.dim + channel);
-      }
   }
 
  private:
@@ -88,7 +87,7 @@ class UnitMix {
         x[i] = i % kGroups < there ? _mm512_load_ps(mass + i % kGroups * stride + (c + i / kGroups * kGroups) * kWidth) : _mm512_setzero_ps();
       kvfold::mix<kGroups>(x);  // all groups of a codeword each
       for (int64_t i = 0; i < 4; i += 2) {
-        const __m512 high[2] = {upper(x[i]), upper(x[i + 1])};
+        const __m512 high[2] = {nearest(x[i]), nearest(x[i + 1])};
         const __m512 low[2] = {_mm512_sub_ps(x[i], high[0]), _mm512_sub_ps(x[i + 1], high[1])};
         _mm512_store_si512(split[0] + (c + i) * 16, pairs(high[0], high[1]));
         _mm512_store_si512(split[1] + (c + i) * 16, pairs(low[0], low[1]));
@@ -98,12 +97,15 @@ class UnitMix {
 
   static constexpr int kUpper = static_cast<int>(0xffff0000);
 
-  static __m512 upper(__m512 x) { return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(kUpper))); }
+  static __m512i half_up(__m512 x) { return _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000)); }
 
-  // The upper halves of both, in turn.
+  // The nearest bfloat16 numbers, ties upwards: these are sums of thousands of weights.
+  static __m512 nearest(__m512 x) { return _mm512_castsi512_ps(_mm512_and_si512(half_up(x), _mm512_set1_epi32(kUpper))); }
+
+  // Those of both, in turn.
   static __m512i pairs(__m512 x, __m512 y) {
-    const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(x), 16);
-    return _mm512_ternarylogic_epi32(low, _mm512_castps_si512(y), _mm512_set1_epi32(kUpper), 0xf8);  // low | y & kUpper
+    const __m512i first = _mm512_srli_epi32(half_up(x), 16);
+    return _mm512_ternarylogic_epi32(first, half_up(y), _mm512_set1_epi32(kUpper), 0xf8);  // first | second & kUpper
   }
 };
 

@@ -70,7 +70,7 @@ def _module(isa: str) -> ModuleType | None:
 
 
 # What an op calls for every layer of every token was chosen for being little code: between two calls of an op the processor's
-# caches are full of codes, and what PyTorch does in a microsecond when it is called again and again takes ten (docs/performance.md).
+# caches are full of codes, and what takes PyTorch a microsecond when called again and again takes ten (docs/performance.md).
 
 
 def array(tensor: Tensor) -> Any:
