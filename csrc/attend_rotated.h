@@ -24,27 +24,28 @@ constexpr int64_t kRotationTile = 64;
 
 namespace kvfold {
 
-// R(0)..R(63) for the pairs of every group: cosines twice, then minus sines and sines, 32 numbers each, in units of 2^-15.
+// R(0)..R(63) for the pairs of every group, in units of 2^-15: of all groups minus the sines and the sines, 32 numbers a group, then
+// cosines, 16 numbers a group.
 struct RotationTable {
   std::vector<float> inv_freq;
   std::vector<int32_t> channels;
-  Aligned<int16_t> turns;           // [64][P][2][32]
+  Aligned<int16_t> turns;           // [64][P * 48]
   std::vector<float> sine, cosine;  // [P][16] of 64 positions
 
   RotationTable(const AttendCall& call)
       : inv_freq(call.inv_freq, call.inv_freq + call.rotary), channels(call.key.books->channels) {
     const int64_t groups = call.key.books->groups;
-    turns.resize(kRotationTile * groups * 64);
+    turns.resize(kRotationTile * groups * 48);
     const auto fixed = [](float x) { return static_cast<int16_t>(std::lrint(std::clamp(x * 32768.0f, -32767.0f, 32767.0f))); };
     for (int64_t i = 0; i < kRotationTile; i++)
       for (int64_t p = 0; p < groups; p++)
         for (int64_t j = 0; j < 16; j++) {
           float s, c;
           sine_cosine(static_cast<float>(i) * inv_freq[channels[p * 32 + j]], &s, &c);
-          int16_t* to = &turns[(i * groups + p) * 64];
-          to[j] = to[j + 16] = fixed(c);
-          to[32 + j] = fixed(-s);
-          to[48 + j] = fixed(s);
+          int16_t* to = &turns[i * groups * 48 + p * 32];
+          to[j] = fixed(-s);
+          to[16 + j] = fixed(s);
+          turns[i * groups * 48 + groups * 32 + p * 16 + j] = fixed(c);
         }
     for (int64_t p = 0; p < groups; p++)
       for (int64_t j = 0; j < 16; j++) {
@@ -121,7 +122,7 @@ class RotatedScores {
     integers_.assign(8 * dim, 0);
     for (int64_t l = 0; l < books.codes(); l++)
       tables_.push_back(whole.values.data() + books.book[head * books.codes() + l] * books.size * 32);
-    in_order_ = books.size == 256;
+    in_order_ = call.key.bits == 8 && books.size == 256;
     for (int64_t l = 0; l < books.codes(); l++)
       in_order_ = in_order_ && tables_[l] == tables_[l % books.groups] + l / books.groups * 256 * 32;
     if (!(call.key.bits == 8 && books.size == 256)) codes_.resize(kRotationTile * books.codes());
@@ -142,13 +143,17 @@ class RotatedScores {
       own.ask();  // a tile ahead
       turn(first + t, size);
       const uint8_t* row = code_row(call_.key, b_, g_, first + t);
-      if (codes_.empty()) {
+      if (in_order_ && books.groups == 4 && books.stages == 8) {
+        tile<kWidth, 4, 8>(row, stride, size, to + t * kWidth);
+      } else if (in_order_ && books.groups == 2 && books.stages == 8) {
+        tile<kWidth, 2, 8>(row, stride, size, to + t * kWidth);
+      } else if (codes_.empty()) {
         find(row, stride, size, near_.data());
-        pick<kWidth>(near_.data(), size, to + t * kWidth);
+        tile<kWidth, 0, 0>(near_.data(), books.codes(), size, to + t * kWidth);
       } else {
         unpack(call_.key, row, size, codes_.data());
         find(codes_.data(), books.codes(), size, far_.data());
-        pick<kWidth>(far_.data(), size, to + t * kWidth);
+        tile<kWidth, 0, 0>(far_.data(), books.codes(), size, to + t * kWidth);
       }
     }
   }
@@ -178,17 +183,34 @@ class RotatedScores {
     _mm512_storeu_si512(to, _mm512_slli_epi32(wide, 6));
   }
 
-  // Integers of group p of a token, scale 1. With kStages known, the tables of a group's stages lie one behind the other.
-  template <int kStages, class Place>
+  // Integers of group p of a token, scale 1.
+  template <class Place>
   __m512i add_up(const Place* place, int64_t p, int64_t groups, int64_t stages) const {
     const auto codeword = [&](int64_t s) {
-      const int16_t* table = kStages ? tables_[p] + s * 256 * 32 : tables_[s * groups + p];
-      return _mm512_loadu_si512(reinterpret_cast<const char*>(table) + place[s * groups + p]);
+      return _mm512_loadu_si512(reinterpret_cast<const char*>(tables_[s * groups + p]) + place[s * groups + p]);
     };
     __m512i z = codeword(0);
-#pragma GCC unroll 8
-    for (int64_t s = 1; s < (kStages ? kStages : stages); s++) z = _mm512_add_epi16(z, codeword(s));
+    for (int64_t s = 1; s < stages; s++) z = _mm512_add_epi16(z, codeword(s));
     return z;
+  }
+
+  // The same of all groups, `tables` of a group's stages one behind the other. Loads bound this, so codes are loaded four at a time
+  // and put apart by other instructions; and places that were stored first would hold up loads of codewords at the same place in
+  // another page.
+  template <int kGroups, int kStages>
+  [[gnu::always_inline]] static inline void add_up_all(const char* const (&tables)[kGroups], const uint8_t* codes, __m512i (&z)[kGroups]) {
+#pragma GCC unroll 16
+    for (int k = 0; k < kGroups * kStages / 4; k++) {
+      uint32_t four;
+      std::memcpy(&four, codes + 4 * k, sizeof four);
+      uint64_t places = _pdep_u64(four, 0x3fc03fc03fc03fc0);  // in bytes, 16 bits each
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++, places >>= 16) {
+        const int l = 4 * k + i;
+        const __m512i codeword = _mm512_loadu_si512(tables[l % kGroups] + l / kGroups * 256 * 64 + static_cast<uint16_t>(places));
+        z[l % kGroups] = l < kGroups ? codeword : _mm512_add_epi16(z[l % kGroups], codeword);
+      }
+    }
   }
 
   // Take the queries to the tile's first position, as integers in coded order.
@@ -227,38 +249,37 @@ class RotatedScores {
     known_ = true;
   }
 
-  template <int kWidth, class Place>
-  void pick(const Place* places, int64_t count, float* to) {
-    const Books& books = *call_.key.books;
-    if (in_order_ && books.groups == 4 && books.stages == 8)
-      tile<kWidth, 4, 8>(places, count, to);
-    else if (in_order_ && books.groups == 2 && books.stages == 8)
-      tile<kWidth, 2, 8>(places, count, to);
-    else
-      tile<kWidth, 0, 0>(places, count, to);
-  }
-
+  // Scores of `count` keys with their codes in rows of `stride`: codes themselves with kGroups and kStages known, else where codewords
+  // lie in their tables.
   template <int kWidth, int kGroups, int kStages, class Place>
-  void tile(const Place* places, int64_t count, float* to) {
+  void tile(const Place* places, int64_t stride, int64_t count, float* to) {
     const int64_t groups = kGroups ? kGroups : call_.key.books->groups, stages = kStages ? kStages : call_.key.books->stages;
     const int64_t dim = groups * 32;
     const int16_t* turns = plan_.table->turns.data();
+    const char* tables[kGroups ? kGroups : 1];
+    for (int p = 0; p < kGroups; p++) tables[p] = reinterpret_cast<const char*>(tables_[p]);
     const __m512 back = _mm512_broadcast_f32x4(_mm_loadu_ps(inverse_.data()));
     const __m512 back_next = _mm512_broadcast_f32x4(_mm_loadu_ps(inverse_.data() + 4));
     for (int64_t t = 0; t < count; t += 4) {
       __m512i quarter[kWidth / 4][4];
       for (int k = 0; k < 4; k++) {
         const int64_t at = std::min(t + k, count - 1);
-        const Place* place = places + at * groups * stages;
-        const int16_t* turn = turns + offset_[at] * groups * 64;
+        const Place* place = places + at * stride;
+        const int16_t* turn = turns + offset_[at] * groups * 48;
+        __m512i sums[kGroups ? kGroups : 1];
+        if constexpr (kGroups > 0) add_up_all<kGroups, kStages>(tables, place, sums);
         __m512i acc[kWidth];
         for (int r = 0; r < kWidth; r++) acc[r] = _mm512_setzero_si512();
 #pragma GCC unroll 4
         for (int64_t p = 0; p < groups; p++) {
-          __m512i z = add_up<kStages>(place, p, groups, stages);
+          __m512i z;
+          if constexpr (kGroups > 0)
+            z = sums[p];
+          else
+            z = add_up(place, p, groups, stages);
           const __m512i swapped = _mm512_shuffle_i64x2(z, z, 0x4e);
-          z = _mm512_add_epi16(_mm512_mulhrs_epi16(z, _mm512_loadu_si512(turn + p * 64)),
-                               _mm512_mulhrs_epi16(swapped, _mm512_loadu_si512(turn + p * 64 + 32)));
+          z = _mm512_add_epi16(_mm512_mulhrs_epi16(z, _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(turn + groups * 32 + p * 16)))),
+                               _mm512_mulhrs_epi16(swapped, _mm512_loadu_si512(turn + p * 32)));
 #pragma GCC unroll 8
           for (int r = 0; r < kWidth; r++)
             acc[r] = _mm512_dpwssd_epi32(acc[r], z, _mm512_loadu_si512(integers_.data() + r * dim + p * 32));

@@ -12,6 +12,7 @@
 #include <optional>
 
 #include "attend_center.h"
+#include "attend_mix.h"
 #include "attend_rotated.h"
 #include "attend_rows.h"
 #include "attend_tables.h"
@@ -257,8 +258,12 @@ struct Step : Rows<kWidth> {
           Base::template add_mass<0>(codes.data(), values.codes(), places, count_kept, values.codes(), values.size, chosen, mass.data(), next);
         }
       }
-      mix(values, values.book.data() + (call.value.head + g) * values.codes(), mass.data(), rows,
-          sums.data() + item * kWidth * value_dim);
+      const int32_t* book = values.book.data() + (call.value.head + g) * values.codes();
+      float* own_sums = sums.data() + item * kWidth * value_dim;
+      if (UnitMix<kWidth>::serves(values, book))
+        UnitMix<kWidth>::mix(values, book, mass.data(), own_sums);
+      else
+        mix(values, book, mass.data(), rows, own_sums);
       for (int r = 0; r < kWidth; r++) {
         total[item * kWidth + r] = sum_of[r];
         skipped[item * kWidth + r] = lost[r] * values.longest[call.value.head + g];

@@ -116,6 +116,21 @@ Books::Tiles make_tiles(const Books& books) {
   return made;
 }
 
+Books::Splits make_splits(const Books& books) {
+  Books::Splits made;
+  made.parts = books.dim / 16, made.bunches = books.padded_size() / 32;
+  made.halves.assign(books.count * made.bunches * made.parts * 1024, 0);
+  for (int64_t m = 0; m < books.count; m++)
+    for (int64_t c = 0; c < books.size; c++)
+      for (int64_t j = 0; j < books.dim; j++) {
+        const float x = books.table(m)[c * books.dim + j];
+        uint16_t* tile = made.halves.data() + ((m * made.bunches + c / 32) * made.parts + j / 16) * 1024 + j % 16 * 32 + c % 32;
+        tile[0] = to_bfloat16(x);
+        tile[512] = to_bfloat16(x - from_bfloat16(tile[0]));
+      }
+  return made;
+}
+
 }  // namespace
 
 Books::Books(const float* codebooks, int64_t count, int64_t size, int64_t dim, const int64_t* book, int64_t stages,
@@ -186,6 +201,11 @@ const Books::Integers& Books::integers() const {
 const Books::Pairs& Books::pairs() const {
   std::call_once(pairs_made, [this] { pairs_ = make_pairs(*this); });
   return pairs_;
+}
+
+const Books::Splits& Books::splits() const {
+  std::call_once(splits_made, [this] { splits_ = make_splits(*this); });
+  return splits_;
 }
 
 const Books::Tiles& Books::tiles() const {

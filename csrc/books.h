@@ -105,6 +105,17 @@ struct Books {
   };
   const Tiles& tiles() const;  // made at the first call
 
+  // Codewords as sums of two bfloat16 numbers, in tiles that matrix units multiply masses with: [M][padded C / 32][parts of 16
+  // entries][2][16 entries][32 codewords], the larger number first; dim is a multiple of 16.
+  struct Splits {
+    Aligned<uint16_t> halves;
+    int64_t parts, bunches;
+    const uint16_t* of(int64_t m, int64_t bunch, int64_t part) const {
+      return halves.data() + ((m * bunches + bunch) * parts + part) * 1024;
+    }
+  };
+  const Splits& splits() const;  // made at the first call
+
   // Codewords in float16, [M][C][d], where every entry is one exactly (codebooks of float16 or less): half as much to read. Else
   // null. Made at the first call.
   const uint16_t* halves() const;
@@ -122,11 +133,12 @@ struct Books {
         int64_t groups, const int64_t* channels);
 
  private:
-  mutable std::once_flag columns_made, halves_made, integers_made, pairs_made, tiles_made;
+  mutable std::once_flag columns_made, halves_made, integers_made, pairs_made, splits_made, tiles_made;
   mutable Aligned<float> columns_;
   mutable Aligned<uint16_t> halves_;  // empty if they would not be exact
   mutable Integers integers_;
   mutable Pairs pairs_;
+  mutable Splits splits_;
   mutable Tiles tiles_;
 };
 

@@ -6,7 +6,7 @@
 namespace kvfold {
 namespace {
 
-using Scale = nb::ndarray<nb::ro, nb::device::cpu>;  // uint16, the bits of a float16, or uint8, the upper ones of them
+using Scale = nb::ndarray<nb::ro, nb::device::cpu>;  // float16, or uint8, the upper bits of them
 
 Side coded_side(const Array<const uint8_t>& packed, const Scale& scale, int bits, const Books& books,
                 int64_t batch, int64_t tokens) {
@@ -14,7 +14,7 @@ Side coded_side(const Array<const uint8_t>& packed, const Scale& scale, int bits
   const int64_t bytes = (books.codes() * bits + 7) / 8;
   require_shape(packed, {batch, books.heads, tokens, bytes}, "packed codes, not [B, G, T, bytes]");
   const bool short_scale = scale.dtype() == nb::dtype<uint8_t>();
-  require(short_scale || scale.dtype() == nb::dtype<uint16_t>(), "scale of uint8 or uint16");
+  require(short_scale || scale.dtype() == nb::dlpack::dtype{static_cast<uint8_t>(nb::dlpack::dtype_code::Float), 16, 1}, "scale of uint8 or float16");
   require_shape(scale, {batch, books.heads, tokens, 1}, "scale, not [B, G, T, 1]");
   require(bytes <= 1 || packed.stride(3) == 1, "packed codes have gaps within a token");
   Side side;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -271,7 +272,17 @@ def test_codebooks_are_made_ready_once_for_all_ops() -> None:
     ops.attend(torch.randn(1, 4, 1, 64), key, value, None, None, 1.0, backend="cpu")
     ready = native.books(key.codebooks, key.book, key.channels)
     assert native.books(key.codebooks, key.book) is ready
-    assert len(native._ready[key.codebooks]) == 1
+    assert len(native._ready[id(key.codebooks)][1]) == 1
+
+
+def test_codebooks_that_are_gone_are_let_go_of() -> None:
+    key = coded(1, 2, 300, 64)
+    native.books(key.codebooks, key.book, key.channels)
+    place = id(key.codebooks)
+    assert place in native._ready
+    del key
+    gc.collect()
+    assert place not in native._ready
 
 
 # -- leaving values unread ---------------------------------------------------------------------------------------------

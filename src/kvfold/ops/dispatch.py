@@ -67,9 +67,10 @@ def select(op: str, backend: str | None = None, device: str = "cpu") -> Callable
         InputError: the backend asked for, or named by `KVFOLD_BACKEND`, is unknown, missing or for another device.
     """
     name = backend or os.environ.get("KVFOLD_BACKEND") or "auto"
-    if name == "auto":
+    automatic = name == "auto"
+    if automatic:
         name = _automatic(device) if device in ("cpu", "cuda") else "naive"
-    why = _missing(name)
+    why = None if automatic else _missing(name)
     if why is None and (name, device) in (("cpu", "cuda"), ("gpu", "cpu")) and not (name == "gpu" and interpreted()):
         why = f"which does not run on {device}"
     if why is not None:

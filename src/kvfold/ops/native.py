@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import importlib
 import os
+import weakref
 from functools import cache
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from kvfold.errors import InputError
 
@@ -69,9 +69,21 @@ def _module(isa: str) -> ModuleType | None:
     return _modules[isa]
 
 
+# What an op calls for every layer of every token was chosen for being little code: between two calls of an op the processor's
+# caches are full of codes, and what takes PyTorch a microsecond when called again and again takes ten (docs/performance.md).
+
+
 def array(tensor: Tensor) -> Any:
     """`tensor` as the modules take it, without copying: a DLPack capsule."""
-    return torch.utils.dlpack.to_dlpack(tensor.detach())
+    return _capsule(tensor.detach() if tensor.requires_grad else tensor)
+
+
+def dense(tensor: Tensor, dtype: torch.dtype) -> Any:
+    """`tensor` as the modules take it, of that type and without gaps: copied only if it is not."""
+    return array(tensor if tensor.dtype is dtype and tensor.is_contiguous() else tensor.to(dtype).contiguous())
+
+
+_capsule = torch.utils.dlpack.to_dlpack
 
 
 def eager(tensor: Tensor) -> bool:
@@ -90,8 +102,11 @@ def books(codebooks: Tensor, book: Tensor, channels: Tensor | None = None) -> An
 
     `channels` are needed by attention; encoding and decoding know none.
     """
-    native = module()
-    known, now = _ready.setdefault(codebooks, []), version(codebooks)
+    native, now = module(), version(codebooks)
+    owner, known = _ready.get(id(codebooks), (None, []))
+    if owner is None or owner() is not codebooks:
+        place, known = id(codebooks), []
+        _ready[place] = (weakref.ref(codebooks, lambda gone: _forget(place, gone)), known)
     for then, other_book, other_channels, other_module, ready in known:
         same = then == now and other_module is native and _equal(other_book, book)
         if same and (channels is None or (other_channels is not None and _equal(other_channels, channels))):
@@ -105,7 +120,13 @@ def books(codebooks: Tensor, book: Tensor, channels: Tensor | None = None) -> An
     return ready
 
 
-_ready: Any = WeakTensorKeyDictionary()
+# By the tensor's id, which another may get when it is gone: a dictionary of weak keys does as much, with more code.
+_ready: dict[int, tuple[weakref.ref, list]] = {}
+
+
+def _forget(place: int, owner: weakref.ref) -> None:
+    if place in _ready and _ready[place][0] is owner:
+        del _ready[place]
 
 
 def _equal(first: Tensor, second: Tensor) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -86,7 +87,12 @@ def _fields(coded: Coded) -> tuple:
 
 
 def _skip() -> float:
-    given = os.environ.get("KVFOLD_SKIP") or str(SKIP)
+    given = os.environ.get("KVFOLD_SKIP")
+    return _number(given) if given else SKIP
+
+
+@cache
+def _number(given: str) -> float:
     try:
         skip = float(given)
     except ValueError:
@@ -123,15 +129,15 @@ def _attend_codes(
     softcap: float,
     skip: float,
 ) -> tuple[Tensor, Tensor]:
-    array = native.array
+    array, dense = native.array, native.dense
     out, lse = _results(query, value_channels.numel())
     native.module().attend_codes(
-        array(query.float().contiguous()),
+        dense(query, torch.float32),
         *_side(key_packed, key_scale, key_codebooks, key_book, key_channels, key_bits),
         *_side(value_packed, value_scale, value_codebooks, value_book, value_channels, value_bits),
-        None if key_center is None else array(key_center.float().contiguous()),
-        None if positions is None else array(positions.to(torch.int32).contiguous()),
-        None if inv_freq is None else array(inv_freq.float().contiguous()),
+        None if key_center is None else dense(key_center, torch.float32),
+        None if positions is None else dense(positions, torch.int32),
+        None if inv_freq is None else dense(inv_freq, torch.float32),
         factor,
         interleaved,
         None if mask is None else array(mask.view(torch.uint8)),
@@ -174,17 +180,17 @@ def _attend_pages(
     softcap: float,
     skip: float,
 ) -> Tensor:
-    array, longest = native.array, max(lengths, default=0)
+    array, dense, longest = native.array, native.dense, max(lengths, default=0)
     out = _pages_result(query, value_channels)
     native.module().attend_pages(
-        array(query.float().contiguous()),
+        dense(query, torch.float32),
         array(table.to(torch.int32)),
         array(torch.tensor(lengths, dtype=torch.int32)),
         *_side(key_packed, key_scale, key_codebooks, key_book, key_channels, key_bits),
         *_side(value_packed, value_scale, value_codebooks, value_book, value_channels, value_bits),
-        None if key_center is None else array(key_center.float().contiguous()),
-        None if positions is None else array(positions[:, :longest].to(torch.int32).contiguous()),
-        None if inv_freq is None else array(inv_freq.float().contiguous()),
+        None if key_center is None else dense(key_center, torch.float32),
+        None if positions is None else dense(positions[:, :longest], torch.int32),
+        None if inv_freq is None else dense(inv_freq, torch.float32),
         factor,
         interleaved,
         query.dtype == torch.bfloat16,
@@ -200,10 +206,10 @@ def _attend_pages(
 def _attend_exact(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, softmax_scale: float, softcap: float
 ) -> tuple[Tensor, Tensor]:
-    array = native.array
+    array, dense = native.array, native.dense
     out, lse = _results(query, values.shape[-1])
     native.module().attend_exact(
-        array(query.float().contiguous()),
+        dense(query, torch.float32),
         array(keys.float()),
         array(values.float()),
         None if mask is None else array(mask.view(torch.uint8)),
@@ -219,8 +225,7 @@ def _attend_exact(
 
 def _side(packed: Tensor, scale: Tensor, codebooks: Tensor, book: Tensor, channels: Tensor, bits: int) -> tuple:
     """What the C++ op is told of a side."""
-    scale_bits = native.array(scale if scale.dtype == torch.uint8 else scale.view(torch.uint16))
-    return native.array(packed), scale_bits, bits, native.books(codebooks, book, channels)
+    return native.array(packed), native.array(scale), bits, native.books(codebooks, book, channels)
 
 
 def _pages_result(query: Tensor, value_channels: Tensor) -> Tensor:
@@ -228,8 +233,8 @@ def _pages_result(query: Tensor, value_channels: Tensor) -> Tensor:
 
 
 def _results(query: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    out = query.new_empty((*query.shape[:3], dim), dtype=torch.float32)
-    return out, query.new_empty(query.shape[:3], dtype=torch.float32)
+    rows = query.shape[:3]
+    return query.new_empty((*rows, dim), dtype=torch.float32), query.new_empty(rows, dtype=torch.float32)
 
 
 _SIDES = "".join(
