@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <stdexcept>
 
 namespace kvfold {
@@ -97,22 +98,43 @@ Books::Pairs make_pairs(const Books& books) {
 }
 
 Books::Tiles make_tiles(const Books& books) {
-  const int64_t dim = books.dim, bunches = books.padded_size() / 16;
+  const int64_t dim = books.dim, padded = books.padded_size();
   Books::Tiles made;
   made.parts = (dim + 31) / 32;
-  made.halves.assign(books.count * bunches * made.parts * 512, 0);
-  Aligned<float> lost(books.rows.size());
-  for (int64_t m = 0; m < books.count; m++)
-    for (int64_t c = 0; c < books.size; c++)
+  made.halves.assign(books.count * padded * made.parts * 32, 0);
+  made.half_norms.assign(books.count * padded, std::numeric_limits<float>::infinity());
+  made.names.assign(books.count * padded + 1, 0);
+  made.slope.assign(books.count * padded / 64, 0.0f);
+  made.fixed.assign(books.count * padded / 64, 1e-30f);
+  made.rounding = static_cast<float>(made.parts * 32 + 16) * 6e-8f;
+  std::vector<double> slope(books.size), square(books.size);
+  std::vector<int64_t> order(books.size);
+  for (int64_t m = 0; m < books.count; m++) {
+    for (int64_t c = 0; c < books.size; c++) {
+      double lost = 0;
+      square[c] = 0;
       for (int64_t j = 0; j < dim; j++) {
         const float x = books.table(m)[c * dim + j];
-        const uint16_t half = to_bfloat16(-x);
-        uint16_t* tile = made.halves.data() + ((m * bunches + c / 16) * made.parts + j / 32) * 512;
-        tile[(j % 32 / 2) * 32 + c % 16 * 2 + j % 2] = half;
-        lost[(m * books.size + c) * dim + j] = x + from_bfloat16(half);
+        const double change = x + from_bfloat16(to_bfloat16(-x));
+        lost += change * change;
+        square[c] += static_cast<double>(x) * x;
       }
-  for (double length : longest_codewords(books, lost)) made.rounding.push_back(static_cast<float>(length));
-  for (double longest : longest_codewords(books, books.rows)) made.longest.push_back(static_cast<float>(longest));
+      slope[c] = std::sqrt(lost) + std::sqrt(square[c]) * (1.003 / 512 + made.rounding);  // a vector's entries change by 2^-9 at most
+    }
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return slope[a] < slope[b]; });
+    for (int64_t rank = 0; rank < books.size; rank++) {
+      const int64_t c = order[rank], place = m * padded + rank;
+      uint16_t* tile = made.halves.data() + place / 16 * made.parts * 512;
+      for (int64_t j = 0; j < dim; j++)
+        tile[j / 32 * 512 + j % 32 / 2 * 32 + place % 16 * 2 + j % 2] = to_bfloat16(-books.table(m)[c * dim + j]);
+      made.half_norms[place] = books.half_norms[m * padded + c];
+      made.names[place] = static_cast<uint16_t>(c);
+      float &most = made.slope[place / 64], &sum = made.fixed[place / 64];
+      most = std::max(most, static_cast<float>(slope[c] * 1.000001));
+      sum = std::max(sum, static_cast<float>(square[c]) * made.rounding + 1e-30f);
+    }
+  }
   return made;
 }
 

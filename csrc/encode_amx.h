@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -44,15 +45,17 @@ class AmxEncoder {
     for (Side& side : sides_) {
       side.residual.assign(most_rows_ * dim_, 0.0f);
       side.rounded.assign(most_rows_ * dim_, 0);
-      side.half_square.resize(most_rows_);
+      side.half_square.resize(most_rows_ + 8 * kRows);
     }
     errors_.resize(kRows * padded_);
     lowest_.assign(kRows * chunks_ * 64, kInfinity);
+    above_.resize(kRows * chunks_ * 4);
+    bounds_.assign(kRows * chunks_ * 4, -kInfinity);
     sets_.resize(kRows * chunks_ * 64 + 64);
     candidates_.resize(kMany + kRows * padded_ + 64);
     keys_.resize(candidates_.size());
     ends_.resize(most);
-    steps_.assign(books.stages * most_rows_, 0);
+    steps_.assign(books.stages * most_rows_ + 8 * kRows, 0);
   }
 
   // Codes [count][`stages`] of vectors [count][dim], at `code_stride` and `stride`; stage s uses codebook `book[s * book_stride]`.
@@ -70,7 +73,11 @@ class AmxEncoder {
     for (int64_t i = 0; i < count; i++) {
       const float* x = block.vectors + i * block.stride;
       __m512 square = _mm512_setzero_ps();
-      for (int64_t j = 0; j < dim_; j += 32) square = put(sides_[0], i * dim_ + j, part<false>(x, j), part<false>(x, j + 16), square);
+      for (int64_t j = 0; j < dim_; j += 32) {
+        const __m512 low = part<false>(x, j), high = part<false>(x, j + 16);
+        put(sides_[0], i * dim_ + j, low, high);
+        square = _mm512_fmadd_ps(low, low, _mm512_fmadd_ps(high, high, square));
+      }
       sides_[0].half_square[i] = 0.5f * _mm512_reduce_add_ps(square);
     }
     const AmxTiles tiles;
@@ -87,7 +94,7 @@ class AmxEncoder {
         const int64_t vectors = std::min(count, (first + kRows) / room);
         if (found < kMany && vectors < count) continue;
         rescore(stage, from, found);
-        choose(stage, done, vectors, &steps_[s * most_rows_]);
+        choose(stage, done, vectors, &steps_[s * most_rows_], to.half_square.data());
         if (!last && books_.dim == 32)
           descend<true>(stage, from, to, done * room_, vectors * room_, &steps_[s * most_rows_]);
         else if (!last)
@@ -124,12 +131,11 @@ class AmxEncoder {
     return k32 ? _mm512_loadu_ps(x + j) : _mm512_maskz_loadu_ps(lanes_left(books_.dim - j), x + j);
   }
 
-  // Writes 32 entries of a residual, also rounded, and adds the parts of their square.
-  static __m512 put(Side& side, int64_t at, __m512 low, __m512 high, __m512 square) {
+  // Writes 32 entries of a residual, also rounded.
+  static void put(Side& side, int64_t at, __m512 low, __m512 high) {
     _mm512_store_ps(&side.residual[at], low);
     _mm512_store_ps(&side.residual[at + 16], high);
     _mm512_store_si512(&side.rounded[at], (__m512i)_mm512_cvtne2ps_pbh(high, low));
-    return _mm512_fmadd_ps(low, low, _mm512_fmadd_ps(high, high, square));
   }
 
   // errors_[codeword / 16][row][codeword % 16] = ||C||^2 / 2 - r . C, nearly, of 16 rows, and the lowest of each set of four.
@@ -137,7 +143,7 @@ class AmxEncoder {
   // The unit's results are stored a strip of 64 codewords later, and read yet another strip later: neither is waited for.
   void score(int64_t m, const uint16_t* rows) {
     const int64_t parts = tiles_.parts, strips = padded_ / 64;
-    const float* half_norms = books_.half_norms.data() + m * padded_;  // a row for all: sums start with it
+    const float* half_norms = tiles_.half_norms.data() + m * padded_;  // a row for all: sums start with it
     const uint16_t* tile = tiles_.halves.data() + m * padded_ / 16 * parts * 512;
     if (parts == 1) {
       _tile_loadd(4, rows, 64);
@@ -201,48 +207,49 @@ class AmxEncoder {
     return candidates_within(sets_within(), first, found);
   }
 
-  // bounds_[row]: no score of a row above it belongs to one of the `wider` best of its vector.
+  // bounds_[strip][row]: no score of the row above it belongs to one of the `wider` best of its vector.
   //
-  // Half an error, `half_square + score`, is off by no more than `reach`. `wider` of them are below the limit after it is added.
+  // Half an error, `half_square + score`, is off by no more than a strip's reach. `wider` of them are below the limit after it is added.
   template <int kRoom, int kStrips>  // 0: any
   void bounds(const Stage& stage, const float* half_squares) {
     const int64_t room = kRoom ? kRoom : stage.room;
     const __m512 half = _mm512_loadu_ps(half_squares), infinity = _mm512_set1_ps(kInfinity);
-    const float rounding = (dim_ + 8) * 6e-8f, longest = tiles_.longest[stage.m];
-    const float slope = tiles_.rounding[stage.m] + longest * (1.003f / 512 + rounding);
-    __m512 reach = _mm512_mul_ps(_mm512_sqrt_ps(_mm512_add_ps(half, half)), _mm512_set1_ps(slope));
-    reach = _mm512_add_ps(reach, _mm512_fmadd_ps(half, _mm512_set1_ps(rounding), _mm512_set1_ps(longest * longest * rounding + 1e-30f)));
-    alignas(64) float up[kRows], limits[kRows];
-    _mm512_store_ps(up, _mm512_add_ps(half, reach));
     const __mmask16 used = _mm512_cmp_ps_mask(half, infinity, _CMP_LT_OQ);
-    const __m512 down = _mm512_mask_sub_ps(infinity, used, half, reach);
+    const __m512 length = _mm512_maskz_sqrt_ps(used, _mm512_add_ps(half, half)), off = _mm512_mul_ps(half, _mm512_set1_ps(tiles_.rounding));
+    const int64_t strips = kStrips ? kStrips : padded_ / 64;
+    const float *slope = &tiles_.slope[stage.m * strips], *fixed = &tiles_.fixed[stage.m * strips];
+    alignas(64) float limits[kRows];
+    for (int64_t s = 0; s < strips; s++) {
+      const __m512 reach = _mm512_add_ps(off, _mm512_fmadd_ps(length, _mm512_set1_ps(slope[s]), _mm512_set1_ps(fixed[s])));
+      _mm512_store_ps(&above_[s * kRows], _mm512_add_ps(half, reach));
+      _mm512_store_ps(&bounds_[s * kRows], _mm512_mask_sub_ps(infinity, used, half, reach));
+    }
     if (stage.wider <= 4)
-      limits_of<1, kRoom, kStrips>(stage, up, limits);
+      limits_of<1, kRoom, kStrips>(stage, limits);
     else if (stage.wider <= 8)
-      limits_of<2, kRoom, kStrips>(stage, up, limits);
+      limits_of<2, kRoom, kStrips>(stage, limits);
     else
-      limits_of<4, kRoom, kStrips>(stage, up, limits);
+      limits_of<4, kRoom, kStrips>(stage, limits);
     __m512i of_row = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     of_row = _mm512_srl_epi32(of_row, _mm_cvtsi32_si128(__builtin_ctz(static_cast<unsigned>(room))));
     const __m512 limit = _mm512_min_ps(_mm512_permutexvar_ps(of_row, _mm512_load_ps(limits)), _mm512_set1_ps(FLT_MAX));
-    _mm512_store_ps(bounds_, _mm512_sub_ps(limit, down));
+    for (int64_t s = 0; s < strips; s++) _mm512_store_ps(&bounds_[s * kRows], _mm512_sub_ps(limit, _mm512_load_ps(&bounds_[s * kRows])));
   }
 
   // limits[vector]: what at least `wider` of its candidates do not exceed. The lowest of 16 sets of candidates tell it for one of
   // them or for four. For more, the candidates are divided into kGroups, of each of which four do not exceed the group's limit.
   template <int kGroups, int kRoom, int kStrips>
-  void limits_of(const Stage& stage, const float* up, float* limits) {
+  void limits_of(const Stage& stage, float* limits) {
     const int64_t room = kRoom ? kRoom : stage.room, strips = kStrips ? kStrips : padded_ / 64, vectors = kRows / room;
     for (int64_t first = 0; first < vectors; first += 4 / kGroups) {
       __m512 least[4];
       for (__m512& group : least) group = _mm512_set1_ps(kInfinity);
       for (int64_t k = 0; k < std::min<int64_t>(4 / kGroups, vectors); k++)
         for (int64_t r = (first + k) * room; r < (first + k + 1) * room; r++) {
-          __m512 low[kGroups];
-          for (__m512& group : low) group = _mm512_set1_ps(kInfinity);
-          for (int64_t s = 0; s < strips; s++) low[s % kGroups] = _mm512_min_ps(low[s % kGroups], _mm512_load_ps(lowest(s, r)));
-          for (int64_t i = 0; i < kGroups; i++)
-            least[k * kGroups + i] = _mm512_min_ps(least[k * kGroups + i], _mm512_add_ps(low[i], _mm512_set1_ps(up[r])));
+          for (int64_t s = 0; s < strips; s++) {
+            __m512& low = least[k * kGroups + s % kGroups];
+            low = _mm512_min_ps(low, _mm512_add_ps(_mm512_load_ps(lowest(s, r)), _mm512_set1_ps(above_[s * kRows + r])));
+          }
         }
       if (stage.wider == 1) {
         _mm_store_ps(limits + first, first_of_16(least));
@@ -259,10 +266,9 @@ class AmxEncoder {
   int64_t sets_within() {
     int64_t count = 0;
     for (int64_t r = 0; r < kRows; r++) {
-      const __m512 bound = _mm512_set1_ps(bounds_[r]);
       for (int64_t q = 0; q < chunks_; q++) {
         __mmask16 parts[4];
-        for (int64_t k = 0; k < 4; k++) parts[k] = _mm512_cmp_ps_mask(_mm512_load_ps(lowest(4 * q + k, r)), bound, _CMP_LE_OQ);
+        for (int64_t k = 0; k < 4; k++) parts[k] = _mm512_cmp_ps_mask(_mm512_load_ps(lowest(4 * q + k, r)), _mm512_set1_ps(bounds_[(4 * q + k) * kRows + r]), _CMP_LE_OQ);
         const __mmask32 low = _mm512_kunpackw(parts[1], parts[0]), high = _mm512_kunpackw(parts[3], parts[2]);
         const __mmask64 within = _mm512_kunpackd(high, low);
         const __m512i places = _mm512_maskz_compress_epi8(within, bytes_upwards());
@@ -277,9 +283,8 @@ class AmxEncoder {
     return count;
   }
 
-  // Codewords that reach their row's bound, as row << 16 | codeword, in the order of rows.
+  // Codewords that reach their row's bound, as row << 16 | place in the tiles, in the order of rows.
   int64_t candidates_within(int64_t sets, int64_t first, int64_t found) {
-    const __m512 bounds = _mm512_load_ps(bounds_);
     for (int64_t i = 0; i < sets; i += 16) {
       const __mmask16 there = lanes_left(sets - i);
       const __m512i tag = _mm512_loadu_si512(&sets_[i]);
@@ -288,7 +293,7 @@ class AmxEncoder {
       const __m512i place = _mm512_add_epi32(_mm512_slli_epi32(strip, 10), _mm512_add_epi32(_mm512_slli_epi32(row, 4), lane));
       const __m512i code = _mm512_or_si512(_mm512_slli_epi32(strip, 6), lane);
       const __m512i id = _mm512_or_si512(_mm512_slli_epi32(_mm512_add_epi32(row, _mm512_set1_epi32(static_cast<int>(first))), 16), code);
-      const __m512 bound = _mm512_permutexvar_ps(row, bounds);
+      const __m512 bound = _mm512_i32gather_ps(_mm512_add_epi32(_mm512_slli_epi32(strip, 4), row), bounds_.data(), 4);
       uint64_t within = 0;  // bit 4 i + k: the k-th codeword of set i
       for (int k = 0; k < 4; k++) {
         const __m512 error = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), there, place, &errors_[256 * k], 4);
@@ -314,85 +319,138 @@ class AmxEncoder {
     std::fill(ends_.begin(), ends_.end(), 0);
     for (int64_t i = 0; i < count; i++) ends_[candidates_[i] >> shift] = static_cast<int32_t>(i + 1);
     _mm512_storeu_si512(&candidates_[count], _mm512_setzero_si512());
-    const float* half_norms = books_.half_norms.data() + stage.m * padded_;
+    const uint16_t* names = &tiles_.names[stage.m * padded_];
     for (int64_t i = 0; i < count; i += 16) {
-      const __m512 products = books_.dim == 32 ? products_of_16<true>(stage.m, from, i) : products_of_16<false>(stage.m, from, i);
-      const __m512i id = _mm512_loadu_si512(&candidates_[i]);
-      const __m512 norms = _mm512_i32gather_ps(_mm512_and_si512(id, _mm512_set1_epi32(0xffff)), half_norms, 4);
-      const __m512 square = _mm512_i32gather_ps(_mm512_srli_epi32(id, 16), from.half_square.data(), 4);
-      __m512 error = _mm512_add_ps(square, _mm512_sub_ps(norms, products));
-      error = _mm512_max_ps(error, _mm512_setzero_ps());  // below it by rounding alone
-      // A step of the exponent up: numbers of double precision whose upper half this is are neither denormal nor infinite.
-      const __m512i order = _mm512_add_epi32((__m512i)error, _mm512_set1_epi32(1 << 20));
-      interleave(id, order, &keys_[i]);
+      const __m512i place = _mm512_loadu_si512(&candidates_[i]);
+      const __m512i name = _mm512_i32gather_epi32(_mm512_and_si512(place, _mm512_set1_epi32(0xffff)), names, 2);
+      const __m512i id = _mm512_mask_mov_epi16(place, 0x55555555, name);
+      _mm512_storeu_si512(&candidates_[i], id);
+      const __m512 square = books_.dim == 32 ? squares_of_16<true>(stage.m, from, i) : squares_of_16<false>(stage.m, from, i);
+      const __m512 half = _mm512_mul_ps(square, _mm512_set1_ps(0.5f));
+      interleave(id, _mm512_add_epi32((__m512i)half, _mm512_set1_epi32(kStep)), &keys_[i]);
     }
   }
 
-  // r . C of candidates i to i + 15.
+  // |r - C|^2 of candidates i to i + 15.
   template <bool k32>
-  __m512 products_of_16(int64_t m, const Side& from, int64_t i) const {
+  __m512 squares_of_16(int64_t m, const Side& from, int64_t i) const {
     const float *table = books_.table(m), *residuals = from.residual.data();
-    __m512 products[16];
+    __m512 squares[16];
     for (int k = 0; k < 16; k++) {
       const uint32_t id = candidates_[i + k];
       const float *a = residuals + (id >> 16) * (k32 ? 32 : dim_), *b = table + (id & 0xffff) * books_.dim;
-      products[k] = _mm512_mul_ps(_mm512_load_ps(a), part<k32>(b, 0));
-      for (int64_t j = 16; j < (k32 ? 32 : dim_); j += 16)
-        products[k] = _mm512_fmadd_ps(_mm512_load_ps(a + j), part<k32>(b, j), products[k]);
+      const __m512 first = _mm512_sub_ps(_mm512_load_ps(a), part<k32>(b, 0));
+      squares[k] = _mm512_mul_ps(first, first);
+      for (int64_t j = 16; j < (k32 ? 32 : dim_); j += 16) {
+        const __m512 left = _mm512_sub_ps(_mm512_load_ps(a + j), part<k32>(b, j));
+        squares[k] = _mm512_fmadd_ps(left, left, squares[k]);
+      }
     }
-    return sums_of_16(products);
+    return sums_of_16(squares);
   }
 
-  // The `wider` best candidates of each of the vectors `first` to `last - 1`, ascending, to chosen[vector * room_] on.
-  void choose(const Stage& stage, int64_t first, int64_t last, uint32_t* chosen) {
-    const __m512d none = _mm512_castsi512_pd(_mm512_set1_epi64(kNone));
-    const __mmask8 rows = static_cast<__mmask8>(lanes_left(room_));
+  // The `wider` best candidates of each of the vectors `first` to `last - 1`, ascending, to chosen[vector * room_] on, and their half
+  // errors, infinite where there are fewer than room_. Writes up to eight vectors more.
+  void choose(const Stage& stage, int64_t first, int64_t last, uint32_t* chosen, float* half_squares) {
     int64_t end = 0;
-    for (int64_t v = first; v < last; v++) {
-      const int64_t start = end;
-      end = std::max<int64_t>(end, ends_[v]);
-      const int64_t count = end - start;
-      if (stage.wider > 4 || count > 16) {
-        alignas(64) uint32_t best[kRanked] = {};
-        if (count <= kRanked)
-          in_ranks(&keys_[start], count, best);
-        else
-          in_turn(&keys_[start], count, stage.wider, best);
-        std::copy_n(best, room_, chosen + v * room_);
-        continue;
+    for (int64_t v = first; v < last; v += 8) {
+      alignas(32) int32_t starts[8] = {}, counts[8] = {};
+      int32_t most = 0;
+      for (int64_t i = 0; i < std::min<int64_t>(8, last - v); i++) {
+        starts[i] = static_cast<int32_t>(end);
+        end = std::max<int64_t>(end, ends_[v + i]);
+        counts[i] = static_cast<int32_t>(end) - starts[i];
+        most = std::max(most, counts[i]);
       }
-      const __mmask16 there = lanes_left(count);
-      const __m512d keys = _mm512_mask_loadu_pd(none, static_cast<__mmask8>(there), &keys_[start]);
-      const __m512d more = _mm512_mask_loadu_pd(none, static_cast<__mmask8>(there >> 8), &keys_[start + 8]);
-      const __m128i ids = _mm256_cvtepi64_epi32(_mm256_castpd_si256(lowest_4_of_16(keys, more)));
-      _mm_mask_storeu_epi32(chosen + v * room_, rows, ids);
+      uint32_t* const to = chosen + v * room_;
+      float* const halves = half_squares + v * room_;
+      if (stage.wider == 1) {
+        __m512d best[1];
+        lowest_of_8(keys_.data(), starts, counts, most, best);
+        write<1>(best, to, halves);
+      } else if (stage.wider <= 4) {
+        __m512d best[4];
+        lowest_of_8(keys_.data(), starts, counts, most, best);
+        write<4>(best, to, halves);
+      } else {
+        for (int64_t i = 0; i < std::min<int64_t>(8, last - v); i++) {
+          uint64_t best[kRanked];
+          std::fill_n(best, kRanked, kNone);
+          const uint64_t* keys = &keys_[starts[i]];
+          if (counts[i] <= kRanked)
+            in_ranks(keys, counts[i], best);
+          else
+            std::partial_sort_copy(keys, keys + counts[i], best, best + stage.wider);
+          for (int64_t k = 0; k < room_; k++) write(best[k], i * room_ + k, to, halves);
+        }
+      }
+      for (int64_t i = 0; stage.wider < room_ && i < 8; i++)
+        std::fill_n(halves + i * room_ + stage.wider, room_ - stage.wider, kInfinity);
     }
+  }
+
+  // best[k]: of each of eight vectors the k-th lowest key, kNone if there are fewer.
+  template <int kWanted>
+  static void lowest_of_8(const uint64_t* keys, const int32_t* starts, const int32_t* counts, int32_t most, __m512d (&best)[kWanted]) {
+    const __m512d none = _mm512_castsi512_pd(_mm512_set1_epi64(kNone));
+    for (__m512d& one : best) one = none;
+    const __m256i start = _mm256_load_si256(reinterpret_cast<const __m256i*>(starts));
+    const __m256i count = _mm256_load_si256(reinterpret_cast<const __m256i*>(counts));
+    for (int32_t k = 0; k < most; k++) {
+      const __m256i at = _mm256_add_epi32(start, _mm256_set1_epi32(k));
+      const __mmask8 there = _mm256_cmpgt_epi32_mask(count, _mm256_set1_epi32(k));
+      __m512d key = _mm512_mask_i32gather_pd(none, there, at, keys, 8);
+      for (__m512d& one : best) {
+        const __m512d low = _mm512_min_pd(one, key);
+        key = _mm512_max_pd(one, key);
+        one = low;
+      }
+    }
+  }
+
+  // Eight vectors' keys as what is chosen and its half error.
+  template <int kWanted>
+  void write(const __m512d (&best)[kWanted], uint32_t* chosen, float* halves) const {
+    if (kWanted == 4 && room_ == 4) {
+      __m512i names[4], errors[4];
+      for (int k = 0; k < kWanted; k++) {
+        names[k] = _mm512_castsi256_si512(_mm512_cvtepi64_epi32((__m512i)best[k]));
+        errors[k] = _mm512_castsi256_si512(_mm512_cvtepi64_epi32(_mm512_srli_epi64((__m512i)best[k], 32)));
+      }
+      rows_of_4(names, chosen);
+      for (int k = 0; k < kWanted; k++) errors[k] = _mm512_sub_epi32(errors[k], _mm512_set1_epi32(kStep));
+      rows_of_4(errors, halves);
+      return;
+    }
+    alignas(64) uint64_t keys[kWanted][8];
+    for (int k = 0; k < kWanted; k++) _mm512_store_pd(keys[k], best[k]);
+    for (int64_t i = 0; i < 8; i++)
+      for (int64_t k = 0; k < std::min<int64_t>(kWanted, room_); k++) write(keys[k][i], i * room_ + k, chosen, halves);
+  }
+
+  static void write(uint64_t key, int64_t at, uint32_t* chosen, float* halves) {
+    chosen[at] = static_cast<uint32_t>(key);
+    const uint32_t half = static_cast<uint32_t>(key >> 32) - kStep;
+    std::memcpy(halves + at, &half, 4);
   }
 
   // The partial codes `chosen` become rows `first` to `last - 1` of the next stage.
   template <bool k32>
   void descend(const Stage& stage, const Side& from, Side& to, int64_t first, int64_t last, const uint32_t* chosen) {
     const float* table = books_.table(stage.m);
-    for (int64_t row = first; row < last; row += 4) {  // behind the last there is room
-      __m512 squares[4];
-      for (int64_t k = 0; k < 4; k++) {
-        const uint32_t id = chosen[row + k];
-        const float *parent = &from.residual[(id >> 16) * (k32 ? 32 : dim_)], *codeword = table + (id & 0xffff) * books_.dim;
-        squares[k] = _mm512_setzero_ps();
-        for (int64_t j = 0; j < (k32 ? 32 : dim_); j += 32) {
-          const __m512 low = _mm512_sub_ps(_mm512_load_ps(parent + j), part<k32>(codeword, j));
-          const __m512 high = _mm512_sub_ps(_mm512_load_ps(parent + j + 16), part<k32>(codeword, j + 16));
-          squares[k] = put(to, (row + k) * (k32 ? 32 : dim_) + j, low, high, squares[k]);
-        }
+    for (int64_t row = first; row < last; row++) {
+      const uint32_t id = chosen[row];
+      const float *parent = &from.residual[(id >> 16) * (k32 ? 32 : dim_)], *codeword = table + (id & 0xffff) * books_.dim;
+      for (int64_t j = 0; j < (k32 ? 32 : dim_); j += 32) {
+        const __m512 low = _mm512_sub_ps(_mm512_load_ps(parent + j), part<k32>(codeword, j));
+        const __m512 high = _mm512_sub_ps(_mm512_load_ps(parent + j + 16), part<k32>(codeword, j + 16));
+        put(to, row * (k32 ? 32 : dim_) + j, low, high);
       }
-      _mm_store_ps(&to.half_square[row], _mm_mul_ps(_mm_set1_ps(0.5f), sums_of_4(squares[0], squares[1], squares[2], squares[3])));
     }
-    for (int64_t row = first; row < last && stage.wider < room_; row += room_)
-      std::fill_n(&to.half_square[row + stage.wider], room_ - stage.wider, kInfinity);
   }
 
-  // What the keys name, by how many keys are below each.
-  static void in_ranks(const uint64_t* keys, int64_t count, uint32_t* best) {
+  // Keys by how many keys are below each.
+  static void in_ranks(const uint64_t* keys, int64_t count, uint64_t* best) {
     for (int64_t i = 0; i < count; i++) {
       const __m512i key = _mm512_set1_epi64(static_cast<int64_t>(keys[i]));
       int64_t rank = 0;
@@ -400,18 +458,13 @@ class AmxEncoder {
         const __mmask8 there = static_cast<__mmask8>(lanes_left(count - j));
         rank += __builtin_popcount(_mm512_mask_cmplt_epi64_mask(there, _mm512_maskz_loadu_epi64(there, keys + j), key));
       }
-      best[rank] = static_cast<uint32_t>(keys[i]);
+      best[rank] = keys[i];
     }
-  }
-
-  static void in_turn(const uint64_t* keys, int64_t count, int64_t wanted, uint32_t* best) {
-    std::vector<uint64_t> sorted(wanted);
-    std::partial_sort_copy(keys, keys + count, sorted.begin(), sorted.end());
-    for (int64_t i = 0; i < wanted; i++) best[i] = static_cast<uint32_t>(sorted[i]);
   }
 
   static constexpr float kInfinity = std::numeric_limits<float>::infinity();
   static constexpr uint64_t kNone = 0x7fe0000000000000;  // above every key; codeword 0 of row 0
+  static constexpr uint32_t kStep = 1 << 20;             // of the exponent: then no key is denormal or infinite
   static constexpr int64_t kRanked = 64;                 // keys that are compared each with each
   static constexpr int64_t kMany = 2048;                 // candidates that are rescored together, and those of one more tile
 
@@ -426,7 +479,7 @@ class AmxEncoder {
   Aligned<uint64_t> keys_;
   std::vector<int32_t> ends_;  // [vectors]
   Aligned<uint32_t> steps_;    // [stages][rows]: parent's row << 16 | code
-  alignas(64) float bounds_[kRows];
+  Aligned<float> above_, bounds_;  // [chunks_ * 4][16]
 };
 
 }  // namespace kvfold

@@ -104,31 +104,13 @@ inline void mix(__m512 (&x)[4]) {
   x[3] = _mm512_shuffle_f32x4(b, d, 0xdd);
 }
 
-template <int kMask, int kBlend>
-inline __m512d exchange(__m512d x) {
-  const __m512d other = _mm512_permutex_pd(x, kMask);
-  return _mm512_mask_max_pd(_mm512_min_pd(x, other), kBlend, x, other);
-}
-
-// Of four numbers that rise and fall, or fall and rise: ascending.
-inline __m256d ascending(__m256d x) {
-  __m256d other = _mm256_permute4x64_pd(x, 0x4e);
-  x = _mm256_blend_pd(_mm256_min_pd(x, other), _mm256_max_pd(x, other), 0xc);
-  other = _mm256_permute4x64_pd(x, 0xb1);
-  return _mm256_blend_pd(_mm256_min_pd(x, other), _mm256_max_pd(x, other), 0xa);
-}
-
-// The four lowest of sixteen numbers, ascending: four halves sorted, upwards and downwards, and merged.
-inline __m256d lowest_4_of_16(__m512d x, __m512d y) {
-  x = exchange<0xb1, 0x66>(x);  // pairs up, down | down, up
-  y = exchange<0xb1, 0x66>(y);
-  x = exchange<0x4e, 0x3c>(x);  // fours up | down
-  y = exchange<0x4e, 0x3c>(y);
-  x = exchange<0xb1, 0x5a>(x);
-  y = exchange<0xb1, 0x5a>(y);
-  const __m256d low = ascending(_mm256_min_pd(_mm512_castpd512_pd256(x), _mm512_extractf64x4_pd(x, 1)));
-  const __m256d other = ascending(_mm256_min_pd(_mm512_castpd512_pd256(y), _mm512_extractf64x4_pd(y, 1)));
-  return ascending(_mm256_min_pd(low, _mm256_permute4x64_pd(other, 0x1b)));
+// 8 rows of 4 of the lower 8 numbers of four registers, those of a row side by side.
+template <class Number>
+inline void rows_of_4(const __m512i (&x)[4], Number* to) {
+  const __m512i low = _mm512_inserti64x4(x[0], _mm512_castsi512_si256(x[1]), 1), high = _mm512_inserti64x4(x[2], _mm512_castsi512_si256(x[3]), 1);
+  const __m512i four = _mm512_set_epi32(27, 19, 11, 3, 26, 18, 10, 2, 25, 17, 9, 1, 24, 16, 8, 0);
+  _mm512_storeu_si512(to, _mm512_permutex2var_epi32(low, four, high));
+  _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi32(low, _mm512_add_epi32(four, _mm512_set1_epi32(4)), high));
 }
 
 // 64-bit numbers of their lower and upper halves.
