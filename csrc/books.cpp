@@ -104,35 +104,36 @@ Books::Tiles make_tiles(const Books& books) {
   made.halves.assign(books.count * padded * made.parts * 32, 0);
   made.half_norms.assign(books.count * padded, std::numeric_limits<float>::infinity());
   made.names.assign(books.count * padded + 1, 0);
-  made.slope.assign(books.count * padded / 64, 0.0f);
-  made.fixed.assign(books.count * padded / 64, 1e-30f);
-  made.rounding = static_cast<float>(made.parts * 32 + 16) * 6e-8f;
-  std::vector<double> slope(books.size), square(books.size);
+  made.slope.assign(books.count * padded / 4, 0.0f);
+  // The sum of the half norms and the product is off by `unit` times |r|^2 / 2 + |r| |C| + |C|^2 / 2. If |C| > 4 |r|, the latter two are
+  // less than 3 E, else than 3 |r| |C|.
+  const double unit = static_cast<double>(made.parts * 32 + 16) * 6e-8;
+  made.rounding = static_cast<float>(3 * unit);
+  std::vector<double> slope(books.size);
   std::vector<int64_t> order(books.size);
   for (int64_t m = 0; m < books.count; m++) {
     for (int64_t c = 0; c < books.size; c++) {
-      double lost = 0;
-      square[c] = 0;
+      double lost = 0, square = 0;
       for (int64_t j = 0; j < dim; j++) {
         const float x = books.table(m)[c * dim + j];
         const double change = x + from_bfloat16(to_bfloat16(-x));
         lost += change * change;
-        square[c] += static_cast<double>(x) * x;
+        square += static_cast<double>(x) * x;
       }
-      slope[c] = std::sqrt(lost) + std::sqrt(square[c]) * (1.003 / 512 + made.rounding);  // a vector's entries change by 2^-9 at most
+      slope[c] = std::sqrt(lost) + std::sqrt(square) * (1.003 / 512 + 3 * unit);  // a vector's entries change by 2^-9 at most
     }
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return slope[a] < slope[b]; });
-    for (int64_t rank = 0; rank < books.size; rank++) {
-      const int64_t c = order[rank], place = m * padded + rank;
+    for (int64_t rank = 0, start = 0; rank < books.size; rank++) {
+      const int64_t set = rank * (padded / 4) / books.size, c = order[rank];
+      if (set != (rank - 1) * (padded / 4) / books.size) start = rank;
+      const int64_t place = m * padded + set / 16 * 64 + (rank - start) * 16 + set % 16;
       uint16_t* tile = made.halves.data() + place / 16 * made.parts * 512;
       for (int64_t j = 0; j < dim; j++)
         tile[j / 32 * 512 + j % 32 / 2 * 32 + place % 16 * 2 + j % 2] = to_bfloat16(-books.table(m)[c * dim + j]);
       made.half_norms[place] = books.half_norms[m * padded + c];
       made.names[place] = static_cast<uint16_t>(c);
-      float &most = made.slope[place / 64], &sum = made.fixed[place / 64];
-      most = std::max(most, static_cast<float>(slope[c] * 1.000001));
-      sum = std::max(sum, static_cast<float>(square[c]) * made.rounding + 1e-30f);
+      made.slope[m * padded / 4 + set] = static_cast<float>(slope[c] * 1.000001);  // they ascend
     }
   }
   return made;

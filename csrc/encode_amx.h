@@ -49,8 +49,6 @@ class AmxEncoder {
     }
     errors_.resize(kRows * padded_);
     lowest_.assign(kRows * chunks_ * 64, kInfinity);
-    above_.resize(kRows * chunks_ * 4);
-    bounds_.assign(kRows * chunks_ * 4, -kInfinity);
     sets_.resize(kRows * chunks_ * 64 + 64);
     candidates_.resize(kMany + kRows * padded_ + 64);
     keys_.resize(candidates_.size());
@@ -138,13 +136,15 @@ class AmxEncoder {
     _mm512_store_si512(&side.rounded[at], (__m512i)_mm512_cvtne2ps_pbh(high, low));
   }
 
-  // errors_[codeword / 16][row][codeword % 16] = ||C||^2 / 2 - r . C, nearly, of 16 rows, and the lowest of each set of four.
+  // errors_[codeword / 16][row][codeword % 16] = ||C||^2 / 2 - r . C, nearly, of 16 rows, and what is lowest of each set of four, with what
+  // it may be off by the set's slope added.
   //
   // The unit's results are stored a strip of 64 codewords later, and read yet another strip later: neither is waited for.
   void score(int64_t m, const uint16_t* rows) {
     const int64_t parts = tiles_.parts, strips = padded_ / 64;
     const float* half_norms = tiles_.half_norms.data() + m * padded_;  // a row for all: sums start with it
     const uint16_t* tile = tiles_.halves.data() + m * padded_ / 16 * parts * 512;
+    const float* slopes = &tiles_.slope[m * padded_ / 4];
     if (parts == 1) {
       _tile_loadd(4, rows, 64);
       // Quarter `sum` of strip s by way of tile `right`; names of tiles are part of an instruction, so no function can take them.
@@ -155,7 +155,7 @@ class AmxEncoder {
     _tile_loadd(right, tile + sum * 512, 64);           \
     _tile_dpbf16ps(sum, 4, right);                      \
   }                                                     \
-  if (s > 1) lowest_of_sets(s - 2, sum * 4);
+  if (s > 1) lowest_of_sets(slopes, s - 2, sum * 4);
       for (int64_t s = 0; s <= strips; s++, half_norms += 64, tile += 2048) {
         float* before = &errors_[(s - 1) * 1024];
         KV_QUARTER(0, 5)
@@ -174,19 +174,20 @@ class AmxEncoder {
         }
         _tile_stored(0, &errors_[s * 256], 64);
         if (s > 3 && s % 4 == 3)
-          for (int64_t r = 0; r < kRows; r += 4) lowest_of_sets(s / 4 - 1, r);
+          for (int64_t r = 0; r < kRows; r += 4) lowest_of_sets(slopes, s / 4 - 1, r);
       }
     }
-    for (int64_t r = 0; r < kRows; r += 4) lowest_of_sets(strips - 1, r);
+    for (int64_t r = 0; r < kRows; r += 4) lowest_of_sets(slopes, strips - 1, r);
   }
 
   // Of four rows.
-  void lowest_of_sets(int64_t strip, int64_t row) {
+  void lowest_of_sets(const float* slopes, int64_t strip, int64_t row) {
+    const __m512 slope = _mm512_load_ps(slopes + strip * 16);
     for (int64_t r = row; r < row + 4; r++) {
       const float* e = &errors_[strip * 1024 + r * 16];
       const __m512 first = _mm512_min_ps(_mm512_load_ps(e), _mm512_load_ps(e + 256));
       const __m512 second = _mm512_min_ps(_mm512_load_ps(e + 512), _mm512_load_ps(e + 768));
-      _mm512_store_ps(lowest(strip, r), _mm512_min_ps(first, second));
+      _mm512_store_ps(lowest(strip, r), _mm512_fmadd_ps(slope, _mm512_set1_ps(lengths_[r]), _mm512_min_ps(first, second)));
     }
   }
 
@@ -194,62 +195,60 @@ class AmxEncoder {
 
   // Candidates of 16 rows from `first` on, behind the `found` that are there; returns how many there are now.
   int64_t collect(const Stage& stage, const Side& from, int64_t first, int64_t found) {
+    const float* half_squares = &from.half_square[first];
+    const __m512 half = _mm512_loadu_ps(half_squares);
+    const __mmask16 used = _mm512_cmp_ps_mask(half, _mm512_set1_ps(kInfinity), _CMP_LT_OQ);
+    _mm512_store_ps(lengths_, _mm512_maskz_sqrt_ps(used, _mm512_add_ps(half, half)));
     score(stage.m, &from.rounded[first * dim_]);
     const char* next = reinterpret_cast<const char*>(&from.rounded[first * dim_] + kRows * dim_);  // what the unit will wait for
     for (int64_t r = 0; r < kRows; r++) _mm_prefetch(next + r * 2 * dim_, _MM_HINT_T0);
-    const float* half_squares = &from.half_square[first];
     if (padded_ == 256 && stage.room == 4)
       bounds<4, 4>(stage, half_squares);
     else if (padded_ == 256 && stage.room == 1)
       bounds<1, 4>(stage, half_squares);
     else
       bounds<0, 0>(stage, half_squares);
-    return candidates_within(sets_within(), first, found);
+    return candidates_within(stage.m, padded_ == 256 ? sets_within<4>(stage.m) : sets_within<0>(stage.m), first, found);
   }
 
-  // bounds_[strip][row]: no score of the row above it belongs to one of the `wider` best of its vector.
-  //
-  // Half an error, `half_square + score`, is off by no more than a strip's reach. `wider` of them are below the limit after it is added.
+  // bounds_[row]: a score that is above it by more than the row's length times the slope belongs to none of the `wider` best of its
+  // vector: as many half errors, `half_square + score`, are below the limit after what they may be off was added.
   template <int kRoom, int kStrips>  // 0: any
   void bounds(const Stage& stage, const float* half_squares) {
     const int64_t room = kRoom ? kRoom : stage.room;
     const __m512 half = _mm512_loadu_ps(half_squares), infinity = _mm512_set1_ps(kInfinity);
     const __mmask16 used = _mm512_cmp_ps_mask(half, infinity, _CMP_LT_OQ);
-    const __m512 length = _mm512_maskz_sqrt_ps(used, _mm512_add_ps(half, half)), off = _mm512_mul_ps(half, _mm512_set1_ps(tiles_.rounding));
-    const int64_t strips = kStrips ? kStrips : padded_ / 64;
-    const float *slope = &tiles_.slope[stage.m * strips], *fixed = &tiles_.fixed[stage.m * strips];
-    alignas(64) float limits[kRows];
-    for (int64_t s = 0; s < strips; s++) {
-      const __m512 reach = _mm512_add_ps(off, _mm512_fmadd_ps(length, _mm512_set1_ps(slope[s]), _mm512_set1_ps(fixed[s])));
-      _mm512_store_ps(&above_[s * kRows], _mm512_add_ps(half, reach));
-      _mm512_store_ps(&bounds_[s * kRows], _mm512_mask_sub_ps(infinity, used, half, reach));
-    }
+    const __m512 off = _mm512_fmadd_ps(half, _mm512_set1_ps(tiles_.rounding), _mm512_set1_ps(1e-30f));
+    alignas(64) float above[kRows], limits[kRows];
+    _mm512_store_ps(above, _mm512_add_ps(half, off));
     if (stage.wider <= 4)
-      limits_of<1, kRoom, kStrips>(stage, limits);
+      limits_of<1, kRoom, kStrips>(stage, above, limits);
     else if (stage.wider <= 8)
-      limits_of<2, kRoom, kStrips>(stage, limits);
+      limits_of<2, kRoom, kStrips>(stage, above, limits);
     else
-      limits_of<4, kRoom, kStrips>(stage, limits);
+      limits_of<4, kRoom, kStrips>(stage, above, limits);
     __m512i of_row = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     of_row = _mm512_srl_epi32(of_row, _mm_cvtsi32_si128(__builtin_ctz(static_cast<unsigned>(room))));
-    const __m512 limit = _mm512_min_ps(_mm512_permutexvar_ps(of_row, _mm512_load_ps(limits)), _mm512_set1_ps(FLT_MAX));
-    for (int64_t s = 0; s < strips; s++) _mm512_store_ps(&bounds_[s * kRows], _mm512_sub_ps(limit, _mm512_load_ps(&bounds_[s * kRows])));
+    __m512 limit = _mm512_permutexvar_ps(of_row, _mm512_load_ps(limits));
+    limit = _mm512_min_ps(_mm512_fmadd_ps(limit, _mm512_set1_ps(3 * tiles_.rounding), limit), _mm512_set1_ps(FLT_MAX));
+    _mm512_store_ps(bounds_, _mm512_sub_ps(limit, _mm512_mask_sub_ps(infinity, used, half, off)));
   }
 
   // limits[vector]: what at least `wider` of its candidates do not exceed. The lowest of 16 sets of candidates tell it for one of
   // them or for four. For more, the candidates are divided into kGroups, of each of which four do not exceed the group's limit.
   template <int kGroups, int kRoom, int kStrips>
-  void limits_of(const Stage& stage, float* limits) {
+  void limits_of(const Stage& stage, const float* above, float* limits) {
     const int64_t room = kRoom ? kRoom : stage.room, strips = kStrips ? kStrips : padded_ / 64, vectors = kRows / room;
     for (int64_t first = 0; first < vectors; first += 4 / kGroups) {
       __m512 least[4];
       for (__m512& group : least) group = _mm512_set1_ps(kInfinity);
       for (int64_t k = 0; k < std::min<int64_t>(4 / kGroups, vectors); k++)
         for (int64_t r = (first + k) * room; r < (first + k + 1) * room; r++) {
-          for (int64_t s = 0; s < strips; s++) {
-            __m512& low = least[k * kGroups + s % kGroups];
-            low = _mm512_min_ps(low, _mm512_add_ps(_mm512_load_ps(lowest(s, r)), _mm512_set1_ps(above_[s * kRows + r])));
-          }
+          __m512 low[kGroups];
+          for (__m512& group : low) group = _mm512_set1_ps(kInfinity);
+          for (int64_t s = 0; s < strips; s++) low[s % kGroups] = _mm512_min_ps(low[s % kGroups], _mm512_load_ps(lowest(s, r)));
+          for (int64_t i = 0; i < kGroups; i++)
+            least[k * kGroups + i] = _mm512_min_ps(least[k * kGroups + i], _mm512_add_ps(low[i], _mm512_set1_ps(above[r])));
         }
       if (stage.wider == 1) {
         _mm_store_ps(limits + first, first_of_16(least));
@@ -263,12 +262,18 @@ class AmxEncoder {
   }
 
   // Sets that reach their row's bound, as row << 16 | set.
-  int64_t sets_within() {
+  template <int kStrips>
+  int64_t sets_within(int64_t m) {
+    const float* slopes = &tiles_.slope[m * padded_ / 4];
     int64_t count = 0;
     for (int64_t r = 0; r < kRows; r++) {
-      for (int64_t q = 0; q < chunks_; q++) {
+      const __m512 bound = _mm512_set1_ps(bounds_[r]), twice = _mm512_set1_ps(2 * lengths_[r]);
+      for (int64_t q = 0; q < (kStrips ? (kStrips + 3) / 4 : chunks_); q++) {
         __mmask16 parts[4];
-        for (int64_t k = 0; k < 4; k++) parts[k] = _mm512_cmp_ps_mask(_mm512_load_ps(lowest(4 * q + k, r)), _mm512_set1_ps(bounds_[(4 * q + k) * kRows + r]), _CMP_LE_OQ);
+        for (int64_t k = 0; k < 4; k++) {
+          const __m512 slope = kStrips || 4 * q + k < padded_ / 64 ? _mm512_load_ps(slopes + (4 * q + k) * 16) : _mm512_setzero_ps();
+          parts[k] = _mm512_cmp_ps_mask(_mm512_load_ps(lowest(4 * q + k, r)), _mm512_fmadd_ps(slope, twice, bound), _CMP_LE_OQ);
+        }
         const __mmask32 low = _mm512_kunpackw(parts[1], parts[0]), high = _mm512_kunpackw(parts[3], parts[2]);
         const __mmask64 within = _mm512_kunpackd(high, low);
         const __m512i places = _mm512_maskz_compress_epi8(within, bytes_upwards());
@@ -284,7 +289,9 @@ class AmxEncoder {
   }
 
   // Codewords that reach their row's bound, as row << 16 | place in the tiles, in the order of rows.
-  int64_t candidates_within(int64_t sets, int64_t first, int64_t found) {
+  int64_t candidates_within(int64_t m, int64_t sets, int64_t first, int64_t found) {
+    const __m512 bounds = _mm512_load_ps(bounds_), lengths = _mm512_load_ps(lengths_);
+    const float* slopes = &tiles_.slope[m * padded_ / 4];
     for (int64_t i = 0; i < sets; i += 16) {
       const __mmask16 there = lanes_left(sets - i);
       const __m512i tag = _mm512_loadu_si512(&sets_[i]);
@@ -293,7 +300,8 @@ class AmxEncoder {
       const __m512i place = _mm512_add_epi32(_mm512_slli_epi32(strip, 10), _mm512_add_epi32(_mm512_slli_epi32(row, 4), lane));
       const __m512i code = _mm512_or_si512(_mm512_slli_epi32(strip, 6), lane);
       const __m512i id = _mm512_or_si512(_mm512_slli_epi32(_mm512_add_epi32(row, _mm512_set1_epi32(static_cast<int>(first))), 16), code);
-      const __m512 bound = _mm512_i32gather_ps(_mm512_add_epi32(_mm512_slli_epi32(strip, 4), row), bounds_.data(), 4);
+      const __m512 slope = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), there, set, slopes, 4);
+      const __m512 bound = _mm512_fmadd_ps(slope, _mm512_permutexvar_ps(row, lengths), _mm512_permutexvar_ps(row, bounds));
       uint64_t within = 0;  // bit 4 i + k: the k-th codeword of set i
       for (int k = 0; k < 4; k++) {
         const __m512 error = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), there, place, &errors_[256 * k], 4);
@@ -364,74 +372,57 @@ class AmxEncoder {
       }
       uint32_t* const to = chosen + v * room_;
       float* const halves = half_squares + v * room_;
-      if (stage.wider == 1) {
-        __m512d best[1];
-        lowest_of_8(keys_.data(), starts, counts, most, best);
-        write<1>(best, to, halves);
-      } else if (stage.wider <= 4) {
-        __m512d best[4];
-        lowest_of_8(keys_.data(), starts, counts, most, best);
-        write<4>(best, to, halves);
-      } else {
-        for (int64_t i = 0; i < std::min<int64_t>(8, last - v); i++) {
-          uint64_t best[kRanked];
-          std::fill_n(best, kRanked, kNone);
-          const uint64_t* keys = &keys_[starts[i]];
-          if (counts[i] <= kRanked)
-            in_ranks(keys, counts[i], best);
-          else
-            std::partial_sort_copy(keys, keys + counts[i], best, best + stage.wider);
-          for (int64_t k = 0; k < room_; k++) write(best[k], i * room_ + k, to, halves);
-        }
-      }
+      if (stage.wider == 1)
+        choose_of_8<1>(starts, counts, most, to, halves);
+      else if (stage.wider <= 4)
+        choose_of_8<4>(starts, counts, most, to, halves);
+      else
+        choose_of_8<16>(starts, counts, most, to, halves);
       for (int64_t i = 0; stage.wider < room_ && i < 8; i++)
         std::fill_n(halves + i * room_ + stage.wider, room_ - stage.wider, kInfinity);
     }
   }
 
-  // best[k]: of each of eight vectors the k-th lowest key, kNone if there are fewer.
+  // The keys of each of eight vectors in turn, at most `most`, sorted into the kWanted lowest there were.
   template <int kWanted>
-  static void lowest_of_8(const uint64_t* keys, const int32_t* starts, const int32_t* counts, int32_t most, __m512d (&best)[kWanted]) {
+  void choose_of_8(const int32_t* starts, const int32_t* counts, int32_t most, uint32_t* chosen, float* halves) const {
     const __m512d none = _mm512_castsi512_pd(_mm512_set1_epi64(kNone));
+    __m512d best[kWanted];
     for (__m512d& one : best) one = none;
     const __m256i start = _mm256_load_si256(reinterpret_cast<const __m256i*>(starts));
     const __m256i count = _mm256_load_si256(reinterpret_cast<const __m256i*>(counts));
     for (int32_t k = 0; k < most; k++) {
       const __m256i at = _mm256_add_epi32(start, _mm256_set1_epi32(k));
       const __mmask8 there = _mm256_cmpgt_epi32_mask(count, _mm256_set1_epi32(k));
-      __m512d key = _mm512_mask_i32gather_pd(none, there, at, keys, 8);
+      __m512d key = _mm512_mask_i32gather_pd(none, there, at, keys_.data(), 8);
       for (__m512d& one : best) {
         const __m512d low = _mm512_min_pd(one, key);
         key = _mm512_max_pd(one, key);
         one = low;
       }
     }
-  }
-
-  // Eight vectors' keys as what is chosen and its half error.
-  template <int kWanted>
-  void write(const __m512d (&best)[kWanted], uint32_t* chosen, float* halves) const {
+    __m512i names[kWanted], errors[kWanted];
+    for (int k = 0; k < kWanted; k++) {
+      names[k] = _mm512_castsi256_si512(_mm512_cvtepi64_epi32((__m512i)best[k]));
+      const __m512i upper = _mm512_castsi256_si512(_mm512_cvtepi64_epi32(_mm512_srli_epi64((__m512i)best[k], 32)));
+      errors[k] = _mm512_sub_epi32(upper, _mm512_set1_epi32(kStep));
+    }
     if (kWanted == 4 && room_ == 4) {
-      __m512i names[4], errors[4];
-      for (int k = 0; k < kWanted; k++) {
-        names[k] = _mm512_castsi256_si512(_mm512_cvtepi64_epi32((__m512i)best[k]));
-        errors[k] = _mm512_castsi256_si512(_mm512_cvtepi64_epi32(_mm512_srli_epi64((__m512i)best[k], 32)));
-      }
       rows_of_4(names, chosen);
-      for (int k = 0; k < kWanted; k++) errors[k] = _mm512_sub_epi32(errors[k], _mm512_set1_epi32(kStep));
       rows_of_4(errors, halves);
       return;
     }
-    alignas(64) uint64_t keys[kWanted][8];
-    for (int k = 0; k < kWanted; k++) _mm512_store_pd(keys[k], best[k]);
+    const int64_t rows = std::min<int64_t>(kWanted, room_);
+    alignas(64) uint32_t columns[2][kWanted][16];
+    for (int k = 0; k < kWanted; k++) {
+      _mm512_store_si512(columns[0][k], names[k]);
+      _mm512_store_si512(columns[1][k], errors[k]);
+    }
     for (int64_t i = 0; i < 8; i++)
-      for (int64_t k = 0; k < std::min<int64_t>(kWanted, room_); k++) write(keys[k][i], i * room_ + k, chosen, halves);
-  }
-
-  static void write(uint64_t key, int64_t at, uint32_t* chosen, float* halves) {
-    chosen[at] = static_cast<uint32_t>(key);
-    const uint32_t half = static_cast<uint32_t>(key >> 32) - kStep;
-    std::memcpy(halves + at, &half, 4);
+      for (int64_t k = 0; k < rows; k++) {
+        chosen[i * room_ + k] = columns[0][k][i];
+        std::memcpy(halves + i * room_ + k, &columns[1][k][i], 4);
+      }
   }
 
   // The partial codes `chosen` become rows `first` to `last - 1` of the next stage.
@@ -449,23 +440,9 @@ class AmxEncoder {
     }
   }
 
-  // Keys by how many keys are below each.
-  static void in_ranks(const uint64_t* keys, int64_t count, uint64_t* best) {
-    for (int64_t i = 0; i < count; i++) {
-      const __m512i key = _mm512_set1_epi64(static_cast<int64_t>(keys[i]));
-      int64_t rank = 0;
-      for (int64_t j = 0; j < count; j += 8) {
-        const __mmask8 there = static_cast<__mmask8>(lanes_left(count - j));
-        rank += __builtin_popcount(_mm512_mask_cmplt_epi64_mask(there, _mm512_maskz_loadu_epi64(there, keys + j), key));
-      }
-      best[rank] = keys[i];
-    }
-  }
-
   static constexpr float kInfinity = std::numeric_limits<float>::infinity();
   static constexpr uint64_t kNone = 0x7fe0000000000000;  // above every key; codeword 0 of row 0
   static constexpr uint32_t kStep = 1 << 20;             // of the exponent: then no key is denormal or infinite
-  static constexpr int64_t kRanked = 64;                 // keys that are compared each with each
   static constexpr int64_t kMany = 2048;                 // candidates that are rescored together, and those of one more tile
 
   const Books& books_;
@@ -479,7 +456,7 @@ class AmxEncoder {
   Aligned<uint64_t> keys_;
   std::vector<int32_t> ends_;  // [vectors]
   Aligned<uint32_t> steps_;    // [stages][rows]: parent's row << 16 | code
-  Aligned<float> above_, bounds_;  // [chunks_ * 4][16]
+  alignas(64) float bounds_[kRows], lengths_[kRows];
 };
 
 }  // namespace kvfold

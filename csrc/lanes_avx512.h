@@ -106,7 +106,7 @@ inline void mix(__m512 (&x)[4]) {
 
 // 8 rows of 4 of the lower 8 numbers of four registers, those of a row side by side.
 template <class Number>
-inline void rows_of_4(const __m512i (&x)[4], Number* to) {
+inline void rows_of_4(const __m512i* x, Number* to) {
   const __m512i low = _mm512_inserti64x4(x[0], _mm512_castsi512_si256(x[1]), 1), high = _mm512_inserti64x4(x[2], _mm512_castsi512_si256(x[3]), 1);
   const __m512i four = _mm512_set_epi32(27, 19, 11, 3, 26, 18, 10, 2, 25, 17, 9, 1, 24, 16, 8, 0);
   _mm512_storeu_si512(to, _mm512_permutex2var_epi32(low, four, high));
