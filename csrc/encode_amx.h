@@ -140,8 +140,9 @@ class AmxEncoder {
   // it may be off by the set's slope added.
   //
   // The unit's results are stored a strip of 64 codewords later, and read yet another strip later: neither is waited for.
+  template <int kStrips>  // 0: any
   void score(int64_t m, const uint16_t* rows) {
-    const int64_t parts = tiles_.parts, strips = padded_ / 64;
+    const int64_t parts = tiles_.parts, strips = kStrips ? kStrips : padded_ / 64;
     const float* half_norms = tiles_.half_norms.data() + m * padded_;  // a row for all: sums start with it
     const uint16_t* tile = tiles_.halves.data() + m * padded_ / 16 * parts * 512;
     const float* slopes = &tiles_.slope[m * padded_ / 4];
@@ -156,6 +157,7 @@ class AmxEncoder {
     _tile_dpbf16ps(sum, 4, right);                      \
   }                                                     \
   if (s > 1) lowest_of_sets(slopes, s - 2, sum * 4);
+#pragma GCC unroll(5)
       for (int64_t s = 0; s <= strips; s++, half_norms += 64, tile += 2048) {
         float* before = &errors_[(s - 1) * 1024];
         KV_QUARTER(0, 5)
@@ -199,7 +201,10 @@ class AmxEncoder {
     const __m512 half = _mm512_loadu_ps(half_squares);
     const __mmask16 used = _mm512_cmp_ps_mask(half, _mm512_set1_ps(kInfinity), _CMP_LT_OQ);
     _mm512_store_ps(lengths_, _mm512_maskz_sqrt_ps(used, _mm512_add_ps(half, half)));
-    score(stage.m, &from.rounded[first * dim_]);
+    if (padded_ == 256)
+      score<4>(stage.m, &from.rounded[first * dim_]);
+    else
+      score<0>(stage.m, &from.rounded[first * dim_]);
     const char* next = reinterpret_cast<const char*>(&from.rounded[first * dim_] + kRows * dim_);  // what the unit will wait for
     for (int64_t r = 0; r < kRows; r++) _mm_prefetch(next + r * 2 * dim_, _MM_HINT_T0);
     if (padded_ == 256 && stage.room == 4)
@@ -344,6 +349,7 @@ class AmxEncoder {
   __m512 squares_of_16(int64_t m, const Side& from, int64_t i) const {
     const float *table = books_.table(m), *residuals = from.residual.data();
     __m512 squares[16];
+#pragma GCC unroll(16)
     for (int k = 0; k < 16; k++) {
       const uint32_t id = candidates_[i + k];
       const float *a = residuals + (id >> 16) * (k32 ? 32 : dim_), *b = table + (id & 0xffff) * books_.dim;
