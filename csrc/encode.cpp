@@ -224,7 +224,7 @@ class Searcher::Amx {};
 
 Searcher::Searcher(const Books& books, int64_t beam) : books_(books), beam_(beam) {
 #if defined(__AMX_BF16__)
-  if (AmxEncoder::serves(beam)) amx_ = std::make_unique<Amx>(books, beam, kBlock);
+  if (AmxEncoder::serves(beam)) amx_ = std::make_unique<Amx>(books, beam);
 #endif
 }
 

@@ -31,8 +31,7 @@ class AmxEncoder {
 
   static bool serves(int64_t beam) { return beam <= kRows; }
 
-  // For blocks of up to `most` vectors.
-  AmxEncoder(const Books& books, int64_t beam, int64_t most)
+  AmxEncoder(const Books& books, int64_t beam)
       : books_(books),
         tiles_(books.tiles()),
         beam_(beam),
@@ -41,19 +40,11 @@ class AmxEncoder {
         chunks_((padded_ + 255) / 256),
         room_(1) {
     while (room_ < beam) room_ *= 2;
-    most_rows_ = (most * room_ + kRows - 1) / kRows * kRows;
-    for (Side& side : sides_) {
-      side.residual.assign(most_rows_ * dim_, 0.0f);
-      side.rounded.assign(most_rows_ * dim_, 0);
-      side.half_square.resize(most_rows_ + 8 * kRows);
-    }
     errors_.resize(kRows * padded_);
     lowest_.assign(kRows * chunks_ * 64, kInfinity);
     sets_.resize(kRows * chunks_ * 64 + 64);
     candidates_.resize(kMany + kRows * padded_ + 64);
     keys_.resize(candidates_.size());
-    ends_.resize(most);
-    steps_.assign(books.stages * most_rows_ + 8 * kRows, 0);
   }
 
   // Codes [count][`stages`] of vectors [count][dim], at `code_stride` and `stride`; stage s uses codebook `book[s * book_stride]`.
@@ -68,6 +59,7 @@ class AmxEncoder {
 
   void encode(const Block& block) {
     const int64_t depth = books_.stages, count = block.count;
+    make_room(count);
     for (int64_t i = 0; i < count; i++) {
       const float* x = block.vectors + i * block.stride;
       __m512 square = _mm512_setzero_ps();
@@ -112,6 +104,20 @@ class AmxEncoder {
   }
 
  private:
+  // For blocks of `count` vectors: a decode step has few, and fresh memory takes as long as they do.
+  void make_room(int64_t count) {
+    const int64_t rows = (count * room_ + kRows - 1) / kRows * kRows;
+    if (rows <= most_rows_) return;
+    most_rows_ = rows;
+    for (Side& side : sides_) {
+      side.residual.assign(rows * dim_, 0.0f);
+      side.rounded.assign(rows * dim_, 0);
+      side.half_square.resize(rows + 8 * kRows);
+    }
+    ends_.resize(rows / room_);
+    steps_.assign(books_.stages * rows + 8 * kRows, 0);
+  }
+
   struct Stage {
     int64_t m, room, wider;  // codebook; rows a vector has; partial codes wanted of each vector
     bool last;
@@ -454,7 +460,7 @@ class AmxEncoder {
   const Books& books_;
   const Books::Tiles& tiles_;
   int64_t beam_, dim_, padded_, chunks_, room_;  // dim_: padded to whole tiles; chunks_ of 256 codewords, 64 sets; rows of a vector
-  int64_t most_rows_;
+  int64_t most_rows_ = 0;
   Side sides_[2];                                // read at even and at odd stages
   Aligned<float> errors_;                        // [padded_ / 16][16][16]
   Aligned<float> lowest_;                        // [chunks_ * 4][16][16]
