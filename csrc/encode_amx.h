@@ -3,9 +3,9 @@
 // Rounding both to bfloat16 leaves scores an error with a proven bound. Every codeword that this error could place among the best,
 // one or two more than are wanted, is scored anew in float32: the codes are those of a search in float32.
 //
-// 16 partial codes, those of one or several vectors, go through a stage together, and nothing branches on a number until the
-// candidates are few: lowest scores of sets of four codewords, from these a limit for each vector, the sets and of them the
-// codewords within the limit, their errors, and a sort.
+// 16 partial codes, those of one or several vectors, go through a stage together, and nothing branches on a number: lowest scores of
+// sets of four codewords, from these a limit for each vector, the sets and of them the codewords within the limit, their errors,
+// which are the squares of what would be left, and the best of eight vectors at once.
 #pragma once
 
 #include <algorithm>
@@ -142,8 +142,8 @@ class AmxEncoder {
     _mm512_store_si512(&side.rounded[at], (__m512i)_mm512_cvtne2ps_pbh(high, low));
   }
 
-  // errors_[codeword / 16][row][codeword % 16] = ||C||^2 / 2 - r . C, nearly, of 16 rows, and what is lowest of each set of four, with what
-  // it may be off by the set's slope added.
+  // errors_[codeword / 16][row][codeword % 16] = ||C||^2 / 2 - r . C, nearly, of 16 rows, and the lowest of each set of four,
+  // plus what the set's slope says it may be off.
   //
   // The unit's results are stored a strip of 64 codewords later, and read yet another strip later: neither is waited for.
   template <int kStrips>  // 0: any
@@ -395,24 +395,11 @@ class AmxEncoder {
     }
   }
 
-  // The keys of each of eight vectors in turn, at most `most`, sorted into the kWanted lowest there were.
+  // Of eight vectors.
   template <int kWanted>
   void choose_of_8(const int32_t* starts, const int32_t* counts, int32_t most, uint32_t* chosen, float* halves) const {
-    const __m512d none = _mm512_castsi512_pd(_mm512_set1_epi64(kNone));
     __m512d best[kWanted];
-    for (__m512d& one : best) one = none;
-    const __m256i start = _mm256_load_si256(reinterpret_cast<const __m256i*>(starts));
-    const __m256i count = _mm256_load_si256(reinterpret_cast<const __m256i*>(counts));
-    for (int32_t k = 0; k < most; k++) {
-      const __m256i at = _mm256_add_epi32(start, _mm256_set1_epi32(k));
-      const __mmask8 there = _mm256_cmpgt_epi32_mask(count, _mm256_set1_epi32(k));
-      __m512d key = _mm512_mask_i32gather_pd(none, there, at, keys_.data(), 8);
-      for (__m512d& one : best) {
-        const __m512d low = _mm512_min_pd(one, key);
-        key = _mm512_max_pd(one, key);
-        one = low;
-      }
-    }
+    lowest_of_8_lists(keys_.data(), starts, counts, most, _mm512_castsi512_pd(_mm512_set1_epi64(kNone)), best);
     __m512i names[kWanted], errors[kWanted];
     for (int k = 0; k < kWanted; k++) {
       names[k] = _mm512_castsi256_si512(_mm512_cvtepi64_epi32((__m512i)best[k]));
@@ -424,14 +411,13 @@ class AmxEncoder {
       rows_of_4(errors, halves);
       return;
     }
-    const int64_t rows = std::min<int64_t>(kWanted, room_);
     alignas(64) uint32_t columns[2][kWanted][16];
     for (int k = 0; k < kWanted; k++) {
       _mm512_store_si512(columns[0][k], names[k]);
       _mm512_store_si512(columns[1][k], errors[k]);
     }
     for (int64_t i = 0; i < 8; i++)
-      for (int64_t k = 0; k < rows; k++) {
+      for (int64_t k = 0; k < std::min<int64_t>(kWanted, room_); k++) {
         chosen[i * room_ + k] = columns[0][k][i];
         std::memcpy(halves + i * room_ + k, &columns[1][k][i], 4);
       }

@@ -27,12 +27,6 @@ inline __m512 quad_sums(__m512 a, __m512 b, __m512 c, __m512 d) {
   return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)), _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
 }
 
-inline __m128 sums_of_4(__m512 a, __m512 b, __m512 c, __m512 d) {
-  const __m512 quads = quad_sums(a, b, c, d);
-  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(quads), _mm512_extractf32x8_ps(quads, 1));
-  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-}
-
 inline __m512 halves_added(__m512 a, __m512 b) {
   return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
 }
@@ -102,6 +96,24 @@ inline void mix(__m512 (&x)[4]) {
   x[1] = _mm512_shuffle_f32x4(a, c, 0xdd);
   x[2] = _mm512_shuffle_f32x4(b, d, 0x88);
   x[3] = _mm512_shuffle_f32x4(b, d, 0xdd);
+}
+
+// best[k]: of each of eight lists, of which the longest has `most` numbers, the k-th lowest, or `none`, which is above all.
+template <int kWanted>
+inline void lowest_of_8_lists(const uint64_t* numbers, const int32_t* starts, const int32_t* counts, int32_t most, __m512d none,
+                              __m512d (&best)[kWanted]) {
+  for (__m512d& one : best) one = none;
+  const __m256i start = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(starts));
+  const __m256i count = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(counts));
+  for (int32_t k = 0; k < most; k++) {
+    const __m256i at = _mm256_add_epi32(start, _mm256_set1_epi32(k));
+    __m512d x = _mm512_mask_i32gather_pd(none, _mm256_cmpgt_epi32_mask(count, _mm256_set1_epi32(k)), at, numbers, 8);
+    for (__m512d& one : best) {
+      const __m512d low = _mm512_min_pd(one, x);
+      x = _mm512_max_pd(one, x);
+      one = low;
+    }
+  }
 }
 
 // 8 rows of 4 of the lower 8 numbers of four registers, those of a row side by side.
