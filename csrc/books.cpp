@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <stdexcept>
 
 namespace kvfold {
@@ -97,22 +98,44 @@ Books::Pairs make_pairs(const Books& books) {
 }
 
 Books::Tiles make_tiles(const Books& books) {
-  const int64_t dim = books.dim, bunches = books.padded_size() / 16;
+  const int64_t dim = books.dim, padded = books.padded_size();
   Books::Tiles made;
   made.parts = (dim + 31) / 32;
-  made.halves.assign(books.count * bunches * made.parts * 512, 0);
-  Aligned<float> lost(books.rows.size());
-  for (int64_t m = 0; m < books.count; m++)
-    for (int64_t c = 0; c < books.size; c++)
+  made.halves.assign(books.count * padded * made.parts * 32, 0);
+  made.half_norms.assign(books.count * padded, std::numeric_limits<float>::infinity());
+  made.names.assign(books.count * padded + 1, 0);
+  made.slope.assign(books.count * padded / 4, 0.0f);
+  // The sum of the half norms and the product is off by `unit` times |r|^2 / 2 + |r| |C| + |C|^2 / 2. If |C| > 4 |r|, the latter two are
+  // less than 3 E, else than 3 |r| |C|.
+  const double unit = static_cast<double>(made.parts * 32 + 16) * 6e-8;
+  made.rounding = static_cast<float>(3 * unit);
+  std::vector<double> slope(books.size);
+  std::vector<int64_t> order(books.size);
+  for (int64_t m = 0; m < books.count; m++) {
+    for (int64_t c = 0; c < books.size; c++) {
+      double lost = 0, square = 0;
       for (int64_t j = 0; j < dim; j++) {
         const float x = books.table(m)[c * dim + j];
-        const uint16_t half = to_bfloat16(-x);
-        uint16_t* tile = made.halves.data() + ((m * bunches + c / 16) * made.parts + j / 32) * 512;
-        tile[(j % 32 / 2) * 32 + c % 16 * 2 + j % 2] = half;
-        lost[(m * books.size + c) * dim + j] = x + from_bfloat16(half);
+        const double change = x + from_bfloat16(to_bfloat16(-x));
+        lost += change * change;
+        square += static_cast<double>(x) * x;
       }
-  for (double length : longest_codewords(books, lost)) made.rounding.push_back(static_cast<float>(length));
-  for (double longest : longest_codewords(books, books.rows)) made.longest.push_back(static_cast<float>(longest));
+      slope[c] = std::sqrt(lost) + std::sqrt(square) * (1.003 / 512 + 3 * unit);  // a vector's entries change by 2^-9 at most
+    }
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return slope[a] < slope[b]; });
+    for (int64_t rank = 0, start = 0; rank < books.size; rank++) {
+      const int64_t set = rank * (padded / 4) / books.size, c = order[rank];
+      if (set != (rank - 1) * (padded / 4) / books.size) start = rank;
+      const int64_t place = m * padded + set / 16 * 64 + (rank - start) * 16 + set % 16;
+      uint16_t* tile = made.halves.data() + place / 16 * made.parts * 512;
+      for (int64_t j = 0; j < dim; j++)
+        tile[j / 32 * 512 + j % 32 / 2 * 32 + place % 16 * 2 + j % 2] = to_bfloat16(-books.table(m)[c * dim + j]);
+      made.half_norms[place] = books.half_norms[m * padded + c];
+      made.names[place] = static_cast<uint16_t>(c);
+      made.slope[m * padded / 4 + set] = static_cast<float>(slope[c] * 1.000001);  // they ascend
+    }
+  }
   return made;
 }
 

@@ -97,10 +97,15 @@ struct Books {
 
   // Codewords, negated, in bfloat16, in the tiles that matrix units multiply: [M][padded C / 16][parts of 32 entries][16 pairs of
   // entries][16 codewords][2].
+  //
+  // Codewords in the same place of the four tiles of a strip are a set. E = |r - C|^2 / 2, got by way of a product with a vector r
+  // that is rounded also, is off by no more than |r| slope + (|r|^2 / 2 + E) rounding, and codewords of about the same slope share a set.
   struct Tiles {
     Aligned<uint16_t> halves;
-    std::vector<float> longest;   // [M]: no codeword is longer
-    std::vector<float> rounding;  // [M]: no codeword's change by rounding is longer
+    Aligned<float> half_norms;         // [M][padded C], in the order of the tiles
+    Aligned<uint16_t> names;           // [M][padded C], which codeword that is, and one more; 0 for padding
+    Aligned<float> slope;              // [M][padded C / 4], of each set
+    float rounding;                    // of float32 sums
     int64_t parts;
   };
   const Tiles& tiles() const;  // made at the first call

@@ -80,7 +80,7 @@ void nearest(const float* x, int64_t count, int64_t dim, const Stage& stage, int
 void encode_greedy(const Books& books, const std::vector<Stage>& stages, int64_t count, float* x, int32_t* codes) {
   const int64_t dim = books.dim;
   for (size_t s = 0; s < stages.size(); s++) {
-    int32_t* best = codes + s * Searcher::kBlock;
+    int32_t* best = codes + s * Searcher::kLanes;
     nearest(x, count, dim, stages[s], books.padded_size(), best);
     for (int64_t i = 0; i < count; i++) {
       const float* codeword = stages[s].rows + best[i] * dim;
@@ -224,7 +224,7 @@ class Searcher::Amx {};
 
 Searcher::Searcher(const Books& books, int64_t beam) : books_(books), beam_(beam) {
 #if defined(__AMX_BF16__)
-  if (AmxEncoder::serves(beam)) amx_ = std::make_unique<Amx>(books, beam, kBlock);
+  if (AmxEncoder::serves(beam)) amx_ = std::make_unique<Amx>(books, beam);
 #endif
 }
 
@@ -235,12 +235,13 @@ void Searcher::encode(const float* vectors, int64_t stride, int64_t count, int64
 #if defined(__AMX_BF16__)
   if (amx_) return amx_->encode({vectors, stride, count, book, books_.groups, codes + p, books_.codes(), books_.groups});
 #endif
-  encode_lanes(vectors, stride, count, book, codes + p);
+  for (int64_t i = 0; i < count; i += kLanes)
+    encode_lanes(vectors + i * stride, stride, std::min(kLanes, count - i), book, codes + i * books_.codes() + p);
 }
 
 void Searcher::encode_lanes(const float* vectors, int64_t stride, int64_t count, const int32_t* book, int32_t* codes) {
   const int64_t depth = books_.stages, groups = books_.groups, dim = books_.dim;
-  Aligned<float> x(kBlock * dim, 0.0f);
+  Aligned<float> x(kLanes * dim, 0.0f);
   for (int64_t i = 0; i < count; i++) std::copy_n(vectors + i * stride, dim, x.data() + i * dim);
   std::vector<Stage> stages;
   for (int64_t s = 0; s < depth; s++) {
@@ -248,10 +249,10 @@ void Searcher::encode_lanes(const float* vectors, int64_t stride, int64_t count,
     stages.push_back({books_.columns(m), books_.half_norms.data() + m * books_.padded_size(), books_.table(m)});
   }
   if (beam_ == 1) {
-    std::vector<int32_t> found(depth * kBlock);
+    std::vector<int32_t> found(depth * kLanes);
     encode_greedy(books_, stages, count, x.data(), found.data());
     for (int64_t i = 0; i < count; i++)
-      for (int64_t s = 0; s < depth; s++) codes[i * books_.codes() + s * groups] = found[s * kBlock + i];
+      for (int64_t s = 0; s < depth; s++) codes[i * books_.codes() + s * groups] = found[s * kLanes + i];
   } else {
     std::vector<int32_t> found(count * depth);
     encode_beam(books_, beam_, stages, count, x.data(), found.data());

@@ -13,7 +13,8 @@ namespace kvfold {
 // Searches with memory of its own, one block after another.
 class Searcher {
  public:
-  static constexpr int64_t kBlock = 64;  // vectors of a block at most
+  static constexpr int64_t kBlock = 128;  // vectors of a block at most
+  static constexpr int64_t kLanes = 64;  // vectors of a block where there is no matrix unit
 
   Searcher(const Books& books, int64_t beam);
   ~Searcher();

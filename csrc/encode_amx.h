@@ -3,14 +3,15 @@
 // Rounding both to bfloat16 leaves scores an error with a proven bound. Every codeword that this error could place among the best,
 // one or two more than are wanted, is scored anew in float32: the codes are those of a search in float32.
 //
-// 16 partial codes, those of one or several vectors, go through a stage together, and nothing branches on a number until the
-// candidates are few: lowest scores of sets of four codewords, from these a limit for each vector, the sets and of them the
-// codewords within the limit, their errors, and a sort.
+// 16 partial codes, those of one or several vectors, go through a stage together, and nothing branches on a number: lowest scores of
+// sets of four codewords, from these a limit for each vector, the sets and of them the codewords within the limit, their errors,
+// which are the squares of what would be left, and the best of eight vectors at once.
 #pragma once
 
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -30,8 +31,7 @@ class AmxEncoder {
 
   static bool serves(int64_t beam) { return beam <= kRows; }
 
-  // For blocks of up to `most` vectors.
-  AmxEncoder(const Books& books, int64_t beam, int64_t most)
+  AmxEncoder(const Books& books, int64_t beam)
       : books_(books),
         tiles_(books.tiles()),
         beam_(beam),
@@ -40,19 +40,11 @@ class AmxEncoder {
         chunks_((padded_ + 255) / 256),
         room_(1) {
     while (room_ < beam) room_ *= 2;
-    most_rows_ = (most * room_ + kRows - 1) / kRows * kRows;
-    for (Side& side : sides_) {
-      side.residual.assign(most_rows_ * dim_, 0.0f);
-      side.rounded.assign(most_rows_ * dim_, 0);
-      side.half_square.resize(most_rows_);
-    }
     errors_.resize(kRows * padded_);
     lowest_.assign(kRows * chunks_ * 64, kInfinity);
     sets_.resize(kRows * chunks_ * 64 + 64);
     candidates_.resize(kMany + kRows * padded_ + 64);
     keys_.resize(candidates_.size());
-    ends_.resize(most);
-    steps_.assign(books.stages * most_rows_, 0);
   }
 
   // Codes [count][`stages`] of vectors [count][dim], at `code_stride` and `stride`; stage s uses codebook `book[s * book_stride]`.
@@ -67,10 +59,15 @@ class AmxEncoder {
 
   void encode(const Block& block) {
     const int64_t depth = books_.stages, count = block.count;
+    make_room(count);
     for (int64_t i = 0; i < count; i++) {
       const float* x = block.vectors + i * block.stride;
       __m512 square = _mm512_setzero_ps();
-      for (int64_t j = 0; j < dim_; j += 32) square = put(sides_[0], i * dim_ + j, part<false>(x, j), part<false>(x, j + 16), square);
+      for (int64_t j = 0; j < dim_; j += 32) {
+        const __m512 low = part<false>(x, j), high = part<false>(x, j + 16);
+        put(sides_[0], i * dim_ + j, low, high);
+        square = _mm512_fmadd_ps(low, low, _mm512_fmadd_ps(high, high, square));
+      }
       sides_[0].half_square[i] = 0.5f * _mm512_reduce_add_ps(square);
     }
     const AmxTiles tiles;
@@ -87,7 +84,7 @@ class AmxEncoder {
         const int64_t vectors = std::min(count, (first + kRows) / room);
         if (found < kMany && vectors < count) continue;
         rescore(stage, from, found);
-        choose(stage, done, vectors, &steps_[s * most_rows_]);
+        choose(stage, done, vectors, &steps_[s * most_rows_], to.half_square.data());
         if (!last && books_.dim == 32)
           descend<true>(stage, from, to, done * room_, vectors * room_, &steps_[s * most_rows_]);
         else if (!last)
@@ -107,6 +104,20 @@ class AmxEncoder {
   }
 
  private:
+  // For blocks of `count` vectors: a decode step has few, and fresh memory takes as long as they do.
+  void make_room(int64_t count) {
+    const int64_t rows = (count * room_ + kRows - 1) / kRows * kRows;
+    if (rows <= most_rows_) return;
+    most_rows_ = rows;
+    for (Side& side : sides_) {
+      side.residual.assign(rows * dim_, 0.0f);
+      side.rounded.assign(rows * dim_, 0);
+      side.half_square.resize(rows + 8 * kRows);
+    }
+    ends_.resize(rows / room_);
+    steps_.assign(books_.stages * rows + 8 * kRows, 0);
+  }
+
   struct Stage {
     int64_t m, room, wider;  // codebook; rows a vector has; partial codes wanted of each vector
     bool last;
@@ -124,21 +135,23 @@ class AmxEncoder {
     return k32 ? _mm512_loadu_ps(x + j) : _mm512_maskz_loadu_ps(lanes_left(books_.dim - j), x + j);
   }
 
-  // Writes 32 entries of a residual, also rounded, and adds the parts of their square.
-  static __m512 put(Side& side, int64_t at, __m512 low, __m512 high, __m512 square) {
+  // Writes 32 entries of a residual, also rounded.
+  static void put(Side& side, int64_t at, __m512 low, __m512 high) {
     _mm512_store_ps(&side.residual[at], low);
     _mm512_store_ps(&side.residual[at + 16], high);
     _mm512_store_si512(&side.rounded[at], (__m512i)_mm512_cvtne2ps_pbh(high, low));
-    return _mm512_fmadd_ps(low, low, _mm512_fmadd_ps(high, high, square));
   }
 
-  // errors_[codeword / 16][row][codeword % 16] = ||C||^2 / 2 - r . C, nearly, of 16 rows, and the lowest of each set of four.
+  // errors_[codeword / 16][row][codeword % 16] = ||C||^2 / 2 - r . C, nearly, of 16 rows, and the lowest of each set of four,
+  // plus what the set's slope says it may be off.
   //
   // The unit's results are stored a strip of 64 codewords later, and read yet another strip later: neither is waited for.
+  template <int kStrips>  // 0: any
   void score(int64_t m, const uint16_t* rows) {
-    const int64_t parts = tiles_.parts, strips = padded_ / 64;
-    const float* half_norms = books_.half_norms.data() + m * padded_;  // a row for all: sums start with it
+    const int64_t parts = tiles_.parts, strips = kStrips ? kStrips : padded_ / 64;
+    const float* half_norms = tiles_.half_norms.data() + m * padded_;  // a row for all: sums start with it
     const uint16_t* tile = tiles_.halves.data() + m * padded_ / 16 * parts * 512;
+    const float* slopes = &tiles_.slope[m * padded_ / 4];
     if (parts == 1) {
       _tile_loadd(4, rows, 64);
       // Quarter `sum` of strip s by way of tile `right`; names of tiles are part of an instruction, so no function can take them.
@@ -149,7 +162,8 @@ class AmxEncoder {
     _tile_loadd(right, tile + sum * 512, 64);           \
     _tile_dpbf16ps(sum, 4, right);                      \
   }                                                     \
-  if (s > 1) lowest_of_sets(s - 2, sum * 4);
+  if (s > 1) lowest_of_sets(slopes, s - 2, sum * 4);
+#pragma GCC unroll(5)
       for (int64_t s = 0; s <= strips; s++, half_norms += 64, tile += 2048) {
         float* before = &errors_[(s - 1) * 1024];
         KV_QUARTER(0, 5)
@@ -168,19 +182,20 @@ class AmxEncoder {
         }
         _tile_stored(0, &errors_[s * 256], 64);
         if (s > 3 && s % 4 == 3)
-          for (int64_t r = 0; r < kRows; r += 4) lowest_of_sets(s / 4 - 1, r);
+          for (int64_t r = 0; r < kRows; r += 4) lowest_of_sets(slopes, s / 4 - 1, r);
       }
     }
-    for (int64_t r = 0; r < kRows; r += 4) lowest_of_sets(strips - 1, r);
+    for (int64_t r = 0; r < kRows; r += 4) lowest_of_sets(slopes, strips - 1, r);
   }
 
   // Of four rows.
-  void lowest_of_sets(int64_t strip, int64_t row) {
+  void lowest_of_sets(const float* slopes, int64_t strip, int64_t row) {
+    const __m512 slope = _mm512_load_ps(slopes + strip * 16);
     for (int64_t r = row; r < row + 4; r++) {
       const float* e = &errors_[strip * 1024 + r * 16];
       const __m512 first = _mm512_min_ps(_mm512_load_ps(e), _mm512_load_ps(e + 256));
       const __m512 second = _mm512_min_ps(_mm512_load_ps(e + 512), _mm512_load_ps(e + 768));
-      _mm512_store_ps(lowest(strip, r), _mm512_min_ps(first, second));
+      _mm512_store_ps(lowest(strip, r), _mm512_fmadd_ps(slope, _mm512_set1_ps(lengths_[r]), _mm512_min_ps(first, second)));
     }
   }
 
@@ -188,50 +203,52 @@ class AmxEncoder {
 
   // Candidates of 16 rows from `first` on, behind the `found` that are there; returns how many there are now.
   int64_t collect(const Stage& stage, const Side& from, int64_t first, int64_t found) {
-    score(stage.m, &from.rounded[first * dim_]);
+    const float* half_squares = &from.half_square[first];
+    const __m512 half = _mm512_loadu_ps(half_squares);
+    const __mmask16 used = _mm512_cmp_ps_mask(half, _mm512_set1_ps(kInfinity), _CMP_LT_OQ);
+    _mm512_store_ps(lengths_, _mm512_maskz_sqrt_ps(used, _mm512_add_ps(half, half)));
+    if (padded_ == 256)
+      score<4>(stage.m, &from.rounded[first * dim_]);
+    else
+      score<0>(stage.m, &from.rounded[first * dim_]);
     const char* next = reinterpret_cast<const char*>(&from.rounded[first * dim_] + kRows * dim_);  // what the unit will wait for
     for (int64_t r = 0; r < kRows; r++) _mm_prefetch(next + r * 2 * dim_, _MM_HINT_T0);
-    const float* half_squares = &from.half_square[first];
     if (padded_ == 256 && stage.room == 4)
       bounds<4, 4>(stage, half_squares);
     else if (padded_ == 256 && stage.room == 1)
       bounds<1, 4>(stage, half_squares);
     else
       bounds<0, 0>(stage, half_squares);
-    return candidates_within(sets_within(), first, found);
+    return candidates_within(stage.m, padded_ == 256 ? sets_within<4>(stage.m) : sets_within<0>(stage.m), first, found);
   }
 
-  // bounds_[row]: no score of a row above it belongs to one of the `wider` best of its vector.
-  //
-  // Half an error, `half_square + score`, is off by no more than `reach`. `wider` of them are below the limit after it is added.
+  // bounds_[row]: a score that is above it by more than the row's length times the slope belongs to none of the `wider` best of its
+  // vector: as many half errors, `half_square + score`, are below the limit after what they may be off was added.
   template <int kRoom, int kStrips>  // 0: any
   void bounds(const Stage& stage, const float* half_squares) {
     const int64_t room = kRoom ? kRoom : stage.room;
     const __m512 half = _mm512_loadu_ps(half_squares), infinity = _mm512_set1_ps(kInfinity);
-    const float rounding = (dim_ + 8) * 6e-8f, longest = tiles_.longest[stage.m];
-    const float slope = tiles_.rounding[stage.m] + longest * (1.003f / 512 + rounding);
-    __m512 reach = _mm512_mul_ps(_mm512_sqrt_ps(_mm512_add_ps(half, half)), _mm512_set1_ps(slope));
-    reach = _mm512_add_ps(reach, _mm512_fmadd_ps(half, _mm512_set1_ps(rounding), _mm512_set1_ps(longest * longest * rounding + 1e-30f)));
-    alignas(64) float up[kRows], limits[kRows];
-    _mm512_store_ps(up, _mm512_add_ps(half, reach));
     const __mmask16 used = _mm512_cmp_ps_mask(half, infinity, _CMP_LT_OQ);
-    const __m512 down = _mm512_mask_sub_ps(infinity, used, half, reach);
+    const __m512 off = _mm512_fmadd_ps(half, _mm512_set1_ps(tiles_.rounding), _mm512_set1_ps(1e-30f));
+    alignas(64) float above[kRows], limits[kRows];
+    _mm512_store_ps(above, _mm512_add_ps(half, off));
     if (stage.wider <= 4)
-      limits_of<1, kRoom, kStrips>(stage, up, limits);
+      limits_of<1, kRoom, kStrips>(stage, above, limits);
     else if (stage.wider <= 8)
-      limits_of<2, kRoom, kStrips>(stage, up, limits);
+      limits_of<2, kRoom, kStrips>(stage, above, limits);
     else
-      limits_of<4, kRoom, kStrips>(stage, up, limits);
+      limits_of<4, kRoom, kStrips>(stage, above, limits);
     __m512i of_row = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     of_row = _mm512_srl_epi32(of_row, _mm_cvtsi32_si128(__builtin_ctz(static_cast<unsigned>(room))));
-    const __m512 limit = _mm512_min_ps(_mm512_permutexvar_ps(of_row, _mm512_load_ps(limits)), _mm512_set1_ps(FLT_MAX));
-    _mm512_store_ps(bounds_, _mm512_sub_ps(limit, down));
+    __m512 limit = _mm512_permutexvar_ps(of_row, _mm512_load_ps(limits));
+    limit = _mm512_min_ps(_mm512_fmadd_ps(limit, _mm512_set1_ps(3 * tiles_.rounding), limit), _mm512_set1_ps(FLT_MAX));
+    _mm512_store_ps(bounds_, _mm512_sub_ps(limit, _mm512_mask_sub_ps(infinity, used, half, off)));
   }
 
   // limits[vector]: what at least `wider` of its candidates do not exceed. The lowest of 16 sets of candidates tell it for one of
   // them or for four. For more, the candidates are divided into kGroups, of each of which four do not exceed the group's limit.
   template <int kGroups, int kRoom, int kStrips>
-  void limits_of(const Stage& stage, const float* up, float* limits) {
+  void limits_of(const Stage& stage, const float* above, float* limits) {
     const int64_t room = kRoom ? kRoom : stage.room, strips = kStrips ? kStrips : padded_ / 64, vectors = kRows / room;
     for (int64_t first = 0; first < vectors; first += 4 / kGroups) {
       __m512 least[4];
@@ -242,7 +259,7 @@ class AmxEncoder {
           for (__m512& group : low) group = _mm512_set1_ps(kInfinity);
           for (int64_t s = 0; s < strips; s++) low[s % kGroups] = _mm512_min_ps(low[s % kGroups], _mm512_load_ps(lowest(s, r)));
           for (int64_t i = 0; i < kGroups; i++)
-            least[k * kGroups + i] = _mm512_min_ps(least[k * kGroups + i], _mm512_add_ps(low[i], _mm512_set1_ps(up[r])));
+            least[k * kGroups + i] = _mm512_min_ps(least[k * kGroups + i], _mm512_add_ps(low[i], _mm512_set1_ps(above[r])));
         }
       if (stage.wider == 1) {
         _mm_store_ps(limits + first, first_of_16(least));
@@ -256,13 +273,18 @@ class AmxEncoder {
   }
 
   // Sets that reach their row's bound, as row << 16 | set.
-  int64_t sets_within() {
+  template <int kStrips>
+  int64_t sets_within(int64_t m) {
+    const float* slopes = &tiles_.slope[m * padded_ / 4];
     int64_t count = 0;
     for (int64_t r = 0; r < kRows; r++) {
-      const __m512 bound = _mm512_set1_ps(bounds_[r]);
-      for (int64_t q = 0; q < chunks_; q++) {
+      const __m512 bound = _mm512_set1_ps(bounds_[r]), twice = _mm512_set1_ps(2 * lengths_[r]);
+      for (int64_t q = 0; q < (kStrips ? (kStrips + 3) / 4 : chunks_); q++) {
         __mmask16 parts[4];
-        for (int64_t k = 0; k < 4; k++) parts[k] = _mm512_cmp_ps_mask(_mm512_load_ps(lowest(4 * q + k, r)), bound, _CMP_LE_OQ);
+        for (int64_t k = 0; k < 4; k++) {
+          const __m512 slope = kStrips || 4 * q + k < padded_ / 64 ? _mm512_load_ps(slopes + (4 * q + k) * 16) : _mm512_setzero_ps();
+          parts[k] = _mm512_cmp_ps_mask(_mm512_load_ps(lowest(4 * q + k, r)), _mm512_fmadd_ps(slope, twice, bound), _CMP_LE_OQ);
+        }
         const __mmask32 low = _mm512_kunpackw(parts[1], parts[0]), high = _mm512_kunpackw(parts[3], parts[2]);
         const __mmask64 within = _mm512_kunpackd(high, low);
         const __m512i places = _mm512_maskz_compress_epi8(within, bytes_upwards());
@@ -277,9 +299,10 @@ class AmxEncoder {
     return count;
   }
 
-  // Codewords that reach their row's bound, as row << 16 | codeword, in the order of rows.
-  int64_t candidates_within(int64_t sets, int64_t first, int64_t found) {
-    const __m512 bounds = _mm512_load_ps(bounds_);
+  // Codewords that reach their row's bound, as row << 16 | place in the tiles, in the order of rows.
+  int64_t candidates_within(int64_t m, int64_t sets, int64_t first, int64_t found) {
+    const __m512 bounds = _mm512_load_ps(bounds_), lengths = _mm512_load_ps(lengths_);
+    const float* slopes = &tiles_.slope[m * padded_ / 4];
     for (int64_t i = 0; i < sets; i += 16) {
       const __mmask16 there = lanes_left(sets - i);
       const __m512i tag = _mm512_loadu_si512(&sets_[i]);
@@ -288,7 +311,8 @@ class AmxEncoder {
       const __m512i place = _mm512_add_epi32(_mm512_slli_epi32(strip, 10), _mm512_add_epi32(_mm512_slli_epi32(row, 4), lane));
       const __m512i code = _mm512_or_si512(_mm512_slli_epi32(strip, 6), lane);
       const __m512i id = _mm512_or_si512(_mm512_slli_epi32(_mm512_add_epi32(row, _mm512_set1_epi32(static_cast<int>(first))), 16), code);
-      const __m512 bound = _mm512_permutexvar_ps(row, bounds);
+      const __m512 slope = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), there, set, slopes, 4);
+      const __m512 bound = _mm512_fmadd_ps(slope, _mm512_permutexvar_ps(row, lengths), _mm512_permutexvar_ps(row, bounds));
       uint64_t within = 0;  // bit 4 i + k: the k-th codeword of set i
       for (int k = 0; k < 4; k++) {
         const __m512 error = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), there, place, &errors_[256 * k], 4);
@@ -314,111 +338,115 @@ class AmxEncoder {
     std::fill(ends_.begin(), ends_.end(), 0);
     for (int64_t i = 0; i < count; i++) ends_[candidates_[i] >> shift] = static_cast<int32_t>(i + 1);
     _mm512_storeu_si512(&candidates_[count], _mm512_setzero_si512());
-    const float* half_norms = books_.half_norms.data() + stage.m * padded_;
+    const uint16_t* names = &tiles_.names[stage.m * padded_];
     for (int64_t i = 0; i < count; i += 16) {
-      const __m512 products = books_.dim == 32 ? products_of_16<true>(stage.m, from, i) : products_of_16<false>(stage.m, from, i);
-      const __m512i id = _mm512_loadu_si512(&candidates_[i]);
-      const __m512 norms = _mm512_i32gather_ps(_mm512_and_si512(id, _mm512_set1_epi32(0xffff)), half_norms, 4);
-      const __m512 square = _mm512_i32gather_ps(_mm512_srli_epi32(id, 16), from.half_square.data(), 4);
-      __m512 error = _mm512_add_ps(square, _mm512_sub_ps(norms, products));
-      error = _mm512_max_ps(error, _mm512_setzero_ps());  // below it by rounding alone
-      // A step of the exponent up: numbers of double precision whose upper half this is are neither denormal nor infinite.
-      const __m512i order = _mm512_add_epi32((__m512i)error, _mm512_set1_epi32(1 << 20));
-      interleave(id, order, &keys_[i]);
+      const __m512i place = _mm512_loadu_si512(&candidates_[i]);
+      const __m512i name = _mm512_i32gather_epi32(_mm512_and_si512(place, _mm512_set1_epi32(0xffff)), names, 2);
+      const __m512i id = _mm512_mask_mov_epi16(place, 0x55555555, name);
+      _mm512_storeu_si512(&candidates_[i], id);
+      const __m512 square = books_.dim == 32 ? squares_of_16<true>(stage.m, from, i) : squares_of_16<false>(stage.m, from, i);
+      const __m512 half = _mm512_mul_ps(square, _mm512_set1_ps(0.5f));
+      interleave(id, _mm512_add_epi32((__m512i)half, _mm512_set1_epi32(kStep)), &keys_[i]);
     }
   }
 
-  // r . C of candidates i to i + 15.
+  // |r - C|^2 of candidates i to i + 15.
   template <bool k32>
-  __m512 products_of_16(int64_t m, const Side& from, int64_t i) const {
+  __m512 squares_of_16(int64_t m, const Side& from, int64_t i) const {
     const float *table = books_.table(m), *residuals = from.residual.data();
-    __m512 products[16];
+    __m512 squares[16];
+#pragma GCC unroll(16)
     for (int k = 0; k < 16; k++) {
       const uint32_t id = candidates_[i + k];
       const float *a = residuals + (id >> 16) * (k32 ? 32 : dim_), *b = table + (id & 0xffff) * books_.dim;
-      products[k] = _mm512_mul_ps(_mm512_load_ps(a), part<k32>(b, 0));
-      for (int64_t j = 16; j < (k32 ? 32 : dim_); j += 16)
-        products[k] = _mm512_fmadd_ps(_mm512_load_ps(a + j), part<k32>(b, j), products[k]);
+      const __m512 first = _mm512_sub_ps(_mm512_load_ps(a), part<k32>(b, 0));
+      squares[k] = _mm512_mul_ps(first, first);
+      for (int64_t j = 16; j < (k32 ? 32 : dim_); j += 16) {
+        const __m512 left = _mm512_sub_ps(_mm512_load_ps(a + j), part<k32>(b, j));
+        squares[k] = _mm512_fmadd_ps(left, left, squares[k]);
+      }
     }
-    return sums_of_16(products);
+    return sums_of_16(squares);
   }
 
-  // The `wider` best candidates of each of the vectors `first` to `last - 1`, ascending, to chosen[vector * room_] on.
-  void choose(const Stage& stage, int64_t first, int64_t last, uint32_t* chosen) {
-    const __m512d none = _mm512_castsi512_pd(_mm512_set1_epi64(kNone));
-    const __mmask8 rows = static_cast<__mmask8>(lanes_left(room_));
+  // The `wider` best candidates of each of the vectors `first` to `last - 1`, ascending, to chosen[vector * room_] on, and their half
+  // errors, infinite where there are fewer than room_. Writes up to eight vectors more.
+  void choose(const Stage& stage, int64_t first, int64_t last, uint32_t* chosen, float* half_squares) {
     int64_t end = 0;
-    for (int64_t v = first; v < last; v++) {
-      const int64_t start = end;
-      end = std::max<int64_t>(end, ends_[v]);
-      const int64_t count = end - start;
-      if (stage.wider > 4 || count > 16) {
-        alignas(64) uint32_t best[kRanked] = {};
-        if (count <= kRanked)
-          in_ranks(&keys_[start], count, best);
-        else
-          in_turn(&keys_[start], count, stage.wider, best);
-        std::copy_n(best, room_, chosen + v * room_);
-        continue;
+    for (int64_t v = first; v < last; v += 8) {
+      alignas(32) int32_t starts[8] = {}, counts[8] = {};
+      int32_t most = 0;
+      for (int64_t i = 0; i < std::min<int64_t>(8, last - v); i++) {
+        starts[i] = static_cast<int32_t>(end);
+        end = std::max<int64_t>(end, ends_[v + i]);
+        counts[i] = static_cast<int32_t>(end) - starts[i];
+        most = std::max(most, counts[i]);
       }
-      const __mmask16 there = lanes_left(count);
-      const __m512d keys = _mm512_mask_loadu_pd(none, static_cast<__mmask8>(there), &keys_[start]);
-      const __m512d more = _mm512_mask_loadu_pd(none, static_cast<__mmask8>(there >> 8), &keys_[start + 8]);
-      const __m128i ids = _mm256_cvtepi64_epi32(_mm256_castpd_si256(lowest_4_of_16(keys, more)));
-      _mm_mask_storeu_epi32(chosen + v * room_, rows, ids);
+      uint32_t* const to = chosen + v * room_;
+      float* const halves = half_squares + v * room_;
+      if (stage.wider == 1)
+        choose_of_8<1>(starts, counts, most, to, halves);
+      else if (stage.wider <= 4)
+        choose_of_8<4>(starts, counts, most, to, halves);
+      else
+        choose_of_8<16>(starts, counts, most, to, halves);
+      for (int64_t i = 0; stage.wider < room_ && i < 8; i++)
+        std::fill_n(halves + i * room_ + stage.wider, room_ - stage.wider, kInfinity);
     }
+  }
+
+  // Of eight vectors.
+  template <int kWanted>
+  void choose_of_8(const int32_t* starts, const int32_t* counts, int32_t most, uint32_t* chosen, float* halves) const {
+    __m512d best[kWanted];
+    lowest_of_8_lists(keys_.data(), starts, counts, most, _mm512_castsi512_pd(_mm512_set1_epi64(kNone)), best);
+    __m512i names[kWanted], errors[kWanted];
+    for (int k = 0; k < kWanted; k++) {
+      names[k] = _mm512_castsi256_si512(_mm512_cvtepi64_epi32((__m512i)best[k]));
+      const __m512i upper = _mm512_castsi256_si512(_mm512_cvtepi64_epi32(_mm512_srli_epi64((__m512i)best[k], 32)));
+      errors[k] = _mm512_sub_epi32(upper, _mm512_set1_epi32(kStep));
+    }
+    if (kWanted == 4 && room_ == 4) {
+      rows_of_4(names, chosen);
+      rows_of_4(errors, halves);
+      return;
+    }
+    alignas(64) uint32_t columns[2][kWanted][16];
+    for (int k = 0; k < kWanted; k++) {
+      _mm512_store_si512(columns[0][k], names[k]);
+      _mm512_store_si512(columns[1][k], errors[k]);
+    }
+    for (int64_t i = 0; i < 8; i++)
+      for (int64_t k = 0; k < std::min<int64_t>(kWanted, room_); k++) {
+        chosen[i * room_ + k] = columns[0][k][i];
+        std::memcpy(halves + i * room_ + k, &columns[1][k][i], 4);
+      }
   }
 
   // The partial codes `chosen` become rows `first` to `last - 1` of the next stage.
   template <bool k32>
   void descend(const Stage& stage, const Side& from, Side& to, int64_t first, int64_t last, const uint32_t* chosen) {
     const float* table = books_.table(stage.m);
-    for (int64_t row = first; row < last; row += 4) {  // behind the last there is room
-      __m512 squares[4];
-      for (int64_t k = 0; k < 4; k++) {
-        const uint32_t id = chosen[row + k];
-        const float *parent = &from.residual[(id >> 16) * (k32 ? 32 : dim_)], *codeword = table + (id & 0xffff) * books_.dim;
-        squares[k] = _mm512_setzero_ps();
-        for (int64_t j = 0; j < (k32 ? 32 : dim_); j += 32) {
-          const __m512 low = _mm512_sub_ps(_mm512_load_ps(parent + j), part<k32>(codeword, j));
-          const __m512 high = _mm512_sub_ps(_mm512_load_ps(parent + j + 16), part<k32>(codeword, j + 16));
-          squares[k] = put(to, (row + k) * (k32 ? 32 : dim_) + j, low, high, squares[k]);
-        }
+    for (int64_t row = first; row < last; row++) {
+      const uint32_t id = chosen[row];
+      const float *parent = &from.residual[(id >> 16) * (k32 ? 32 : dim_)], *codeword = table + (id & 0xffff) * books_.dim;
+      for (int64_t j = 0; j < (k32 ? 32 : dim_); j += 32) {
+        const __m512 low = _mm512_sub_ps(_mm512_load_ps(parent + j), part<k32>(codeword, j));
+        const __m512 high = _mm512_sub_ps(_mm512_load_ps(parent + j + 16), part<k32>(codeword, j + 16));
+        put(to, row * (k32 ? 32 : dim_) + j, low, high);
       }
-      _mm_store_ps(&to.half_square[row], _mm_mul_ps(_mm_set1_ps(0.5f), sums_of_4(squares[0], squares[1], squares[2], squares[3])));
     }
-    for (int64_t row = first; row < last && stage.wider < room_; row += room_)
-      std::fill_n(&to.half_square[row + stage.wider], room_ - stage.wider, kInfinity);
-  }
-
-  // What the keys name, by how many keys are below each.
-  static void in_ranks(const uint64_t* keys, int64_t count, uint32_t* best) {
-    for (int64_t i = 0; i < count; i++) {
-      const __m512i key = _mm512_set1_epi64(static_cast<int64_t>(keys[i]));
-      int64_t rank = 0;
-      for (int64_t j = 0; j < count; j += 8) {
-        const __mmask8 there = static_cast<__mmask8>(lanes_left(count - j));
-        rank += __builtin_popcount(_mm512_mask_cmplt_epi64_mask(there, _mm512_maskz_loadu_epi64(there, keys + j), key));
-      }
-      best[rank] = static_cast<uint32_t>(keys[i]);
-    }
-  }
-
-  static void in_turn(const uint64_t* keys, int64_t count, int64_t wanted, uint32_t* best) {
-    std::vector<uint64_t> sorted(wanted);
-    std::partial_sort_copy(keys, keys + count, sorted.begin(), sorted.end());
-    for (int64_t i = 0; i < wanted; i++) best[i] = static_cast<uint32_t>(sorted[i]);
   }
 
   static constexpr float kInfinity = std::numeric_limits<float>::infinity();
   static constexpr uint64_t kNone = 0x7fe0000000000000;  // above every key; codeword 0 of row 0
-  static constexpr int64_t kRanked = 64;                 // keys that are compared each with each
+  static constexpr uint32_t kStep = 1 << 20;             // of the exponent: then no key is denormal or infinite
   static constexpr int64_t kMany = 2048;                 // candidates that are rescored together, and those of one more tile
 
   const Books& books_;
   const Books::Tiles& tiles_;
   int64_t beam_, dim_, padded_, chunks_, room_;  // dim_: padded to whole tiles; chunks_ of 256 codewords, 64 sets; rows of a vector
-  int64_t most_rows_;
+  int64_t most_rows_ = 0;
   Side sides_[2];                                // read at even and at odd stages
   Aligned<float> errors_;                        // [padded_ / 16][16][16]
   Aligned<float> lowest_;                        // [chunks_ * 4][16][16]
@@ -426,7 +454,7 @@ class AmxEncoder {
   Aligned<uint64_t> keys_;
   std::vector<int32_t> ends_;  // [vectors]
   Aligned<uint32_t> steps_;    // [stages][rows]: parent's row << 16 | code
-  alignas(64) float bounds_[kRows];
+  alignas(64) float bounds_[kRows], lengths_[kRows];
 };
 
 }  // namespace kvfold

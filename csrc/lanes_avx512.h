@@ -27,12 +27,6 @@ inline __m512 quad_sums(__m512 a, __m512 b, __m512 c, __m512 d) {
   return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)), _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
 }
 
-inline __m128 sums_of_4(__m512 a, __m512 b, __m512 c, __m512 d) {
-  const __m512 quads = quad_sums(a, b, c, d);
-  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(quads), _mm512_extractf32x8_ps(quads, 1));
-  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-}
-
 inline __m512 halves_added(__m512 a, __m512 b) {
   return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
 }
@@ -104,31 +98,31 @@ inline void mix(__m512 (&x)[4]) {
   x[3] = _mm512_shuffle_f32x4(b, d, 0xdd);
 }
 
-template <int kMask, int kBlend>
-inline __m512d exchange(__m512d x) {
-  const __m512d other = _mm512_permutex_pd(x, kMask);
-  return _mm512_mask_max_pd(_mm512_min_pd(x, other), kBlend, x, other);
+// best[k]: of each of eight lists, of which the longest has `most` numbers, the k-th lowest, or `none`, which is above all.
+template <int kWanted>
+inline void lowest_of_8_lists(const uint64_t* numbers, const int32_t* starts, const int32_t* counts, int32_t most, __m512d none,
+                              __m512d (&best)[kWanted]) {
+  for (__m512d& one : best) one = none;
+  const __m256i start = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(starts));
+  const __m256i count = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(counts));
+  for (int32_t k = 0; k < most; k++) {
+    const __m256i at = _mm256_add_epi32(start, _mm256_set1_epi32(k));
+    __m512d x = _mm512_mask_i32gather_pd(none, _mm256_cmpgt_epi32_mask(count, _mm256_set1_epi32(k)), at, numbers, 8);
+    for (__m512d& one : best) {
+      const __m512d low = _mm512_min_pd(one, x);
+      x = _mm512_max_pd(one, x);
+      one = low;
+    }
+  }
 }
 
-// Of four numbers that rise and fall, or fall and rise: ascending.
-inline __m256d ascending(__m256d x) {
-  __m256d other = _mm256_permute4x64_pd(x, 0x4e);
-  x = _mm256_blend_pd(_mm256_min_pd(x, other), _mm256_max_pd(x, other), 0xc);
-  other = _mm256_permute4x64_pd(x, 0xb1);
-  return _mm256_blend_pd(_mm256_min_pd(x, other), _mm256_max_pd(x, other), 0xa);
-}
-
-// The four lowest of sixteen numbers, ascending: four halves sorted, upwards and downwards, and merged.
-inline __m256d lowest_4_of_16(__m512d x, __m512d y) {
-  x = exchange<0xb1, 0x66>(x);  // pairs up, down | down, up
-  y = exchange<0xb1, 0x66>(y);
-  x = exchange<0x4e, 0x3c>(x);  // fours up | down
-  y = exchange<0x4e, 0x3c>(y);
-  x = exchange<0xb1, 0x5a>(x);
-  y = exchange<0xb1, 0x5a>(y);
-  const __m256d low = ascending(_mm256_min_pd(_mm512_castpd512_pd256(x), _mm512_extractf64x4_pd(x, 1)));
-  const __m256d other = ascending(_mm256_min_pd(_mm512_castpd512_pd256(y), _mm512_extractf64x4_pd(y, 1)));
-  return ascending(_mm256_min_pd(low, _mm256_permute4x64_pd(other, 0x1b)));
+// 8 rows of 4 of the lower 8 numbers of four registers, those of a row side by side.
+template <class Number>
+inline void rows_of_4(const __m512i* x, Number* to) {
+  const __m512i low = _mm512_inserti64x4(x[0], _mm512_castsi512_si256(x[1]), 1), high = _mm512_inserti64x4(x[2], _mm512_castsi512_si256(x[3]), 1);
+  const __m512i four = _mm512_set_epi32(27, 19, 11, 3, 26, 18, 10, 2, 25, 17, 9, 1, 24, 16, 8, 0);
+  _mm512_storeu_si512(to, _mm512_permutex2var_epi32(low, four, high));
+  _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi32(low, _mm512_add_epi32(four, _mm512_set1_epi32(4)), high));
 }
 
 // 64-bit numbers of their lower and upper halves.
