@@ -154,6 +154,13 @@ struct Step : Rows<kWidth> {
     return found;
   }
 
+  // What one piece of work needs.
+  struct Workplace {
+    Aligned<float> scores, weights, scales, mass;
+    Aligned<int32_t> kept;
+    Aligned<uint16_t> codes;
+  };
+
   // False if skipping turned out to cost more than `skip` allows.
   static bool run(const AttendCall& call, const RotatedPlan& plan, float skip) {
     const Books& values = *call.value.books;
@@ -184,10 +191,11 @@ struct Step : Rows<kWidth> {
       const int64_t begin = chunk * chunk_size, end = std::min(begin + chunk_size, call.tokens);
       const bool value_bytes = call.value.bits == 8 && values.size == 256;
       const int64_t block = std::min(kStepBlock, (end - begin + 15) / 16 * 16);  // whole lane vectors
-      Aligned<float> scores(block * kWidth), weights(block * kWidth), scales(block);
-      Aligned<float> mass(values.codes() * values.size * kWidth, 0.0f);
-      Aligned<int32_t> kept(block);
-      Aligned<uint16_t> codes(value_bytes ? 0 : values.codes() * block);
+      static thread_local Workplace place;  // asked for anew, memory comes page by page from the kernel: 30 microseconds a call
+      auto& [scores, weights, scales, mass, kept, codes] = place;
+      scores.resize(block * kWidth), weights.resize(block * kWidth), scales.resize(block), kept.resize(block);
+      mass.assign(values.codes() * values.size * kWidth, 0.0f);
+      codes.resize(value_bytes ? 0 : values.codes() * block);
       RotatedScores rotation(plan, call, b, g, first_row, rows);
       std::optional<CenterScores<kWidth>> center;
       if (call.center) center.emplace(*center_table, call, b, g, first_row, rows);
