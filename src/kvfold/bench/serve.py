@@ -17,6 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
+import torch
+
 from kvfold.calibrate.text import builtin_text
 from kvfold.codecs.artifact import load
 from kvfold.errors import InputError
@@ -57,7 +59,7 @@ def bench_serve(
 
     Returns:
         Two objects, `cache` "kvfold" and "vllm": `prefill_s` (all prompts, once), `tokens_per_s` (of all requests together),
-        `capacity` (tokens that fit, as vLLM tells it), `speedup` of ours, and the sizes.
+        `capacity` (tokens that fit, as vLLM tells it), `threads` of vLLM's worker, `speedup` of ours, and the sizes.
 
     Raises:
         InputError: no vLLM, bad codec, model or text, or prompts that the model or the text is too short for.
@@ -82,6 +84,7 @@ def bench_serve(
     if device != "cpu":
         ours |= {"attention_backend": "CUSTOM"}
     told = {"VLLM_LOGGING_LEVEL": "ERROR", **os.environ, "VLLM_CPU_KVCACHE_SPACE": str(cache_gib)}
+    told["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # of `_threads`, to a worker of our own
     engines: dict[str, _Engine] = {}
     try:
         with Progress("bench serve", 2 * (2 + repeats), quiet) as step:
@@ -165,6 +168,11 @@ def answer() -> None:
             told: dict[str, Any] = {"decode_s": -seconds(1) + seconds(1 + new_tokens)}
         else:
             llm.generate([{"prompt_token_ids": [1, 2, 3]}], SamplingParams(max_tokens=2), use_tqdm=False)  # done once
-            threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            threads = llm.collective_rpc(_threads)[0]
             told = {"prefill_s": seconds(1), "capacity": cache.num_gpu_blocks * cache.block_size, "threads": threads}
         print(json.dumps(told), flush=True)
+
+
+def _threads(worker: object) -> int:
+    """Of vLLM's worker, which leaves a CPU to its other processes unless VLLM_CPU_OMP_THREADS_BIND says otherwise."""
+    return torch.get_num_threads()

@@ -185,5 +185,6 @@ def bench_serving(args: argparse.Namespace) -> None:
         rows.append([name, f"{one['capacity']:,}", *speeds])
     first = results[0]
     head = f"{first['requests']} requests of {first['context']} tokens together, {first['new_tokens']} decoded after each"
+    head += f"; threads of vLLM's worker: {first['threads']}"
     emit(args, results, f"{head}\n{table(rows)}")
     record_if_asked(args, "bench-serve", {"results": results})
