@@ -57,18 +57,12 @@ void decode_arrays(const Array<const int32_t>& codes, const Books& books, int th
 
 void unrotate_arrays(const Array<const float>& x, const Array<const int32_t>& positions, const Array<const float>& inv_freq,
                      float factor, bool interleaved, int threads, const Array<float>& out) {
-  require(x.ndim() == 4 && positions.ndim() == 2 && inv_freq.ndim() == 1, "keys [B, G, T, D], positions [B or 1, T], inv_freq [n]");
-  const int64_t batch = x.shape(0), heads = x.shape(1), tokens = x.shape(2), dim = x.shape(3), rows = positions.shape(0);
-  require(rows == 1 || rows == batch, "positions [B or 1, T]");
-  require_shape(positions, {rows, tokens}, "positions, not [B or 1, T]");
-  require(2 * static_cast<int64_t>(inv_freq.shape(0)) <= dim, "inv_freq [n], 2 n <= D");
+  require(x.ndim() == 4, "keys [B, G, T, D]");
+  const int64_t batch = x.shape(0), heads = x.shape(1), tokens = x.shape(2), dim = x.shape(3);
+  const Turn turn = turn_of(positions, inv_freq, factor, interleaved, batch, tokens, dim);
   require(x.size() == 0 || x.stride(3) == 1, "keys with gaps within a token");
   require_shape(out, {batch, heads, tokens, dim}, "out, not that of the keys");
   require_dense(out, "out");
-  require_dense(positions, "positions");
-  require_dense(inv_freq, "inv_freq");
-  const Turn turn{positions.data(), rows == 1 ? 0 : tokens, inv_freq.data(), static_cast<int64_t>(inv_freq.shape(0)), factor,
-                  interleaved};
   const RopeCall call{x.data(), out.data(), batch, heads, tokens, dim, x.stride(0), x.stride(1), x.stride(2), turn, threads};
   nb::gil_scoped_release free;
   unrotate(call);

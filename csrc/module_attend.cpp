@@ -14,7 +14,7 @@ Side coded_side(const Array<const uint8_t>& packed, const Scale& scale, int bits
   const int64_t bytes = (books.codes() * bits + 7) / 8;
   require_shape(packed, {batch, books.heads, tokens, bytes}, "packed codes, not [B, G, T, bytes]");
   const bool short_scale = scale.dtype() == nb::dtype<uint8_t>();
-  require(short_scale || scale.dtype() == nb::dlpack::dtype{static_cast<uint8_t>(nb::dlpack::dtype_code::Float), 16, 1}, "scale of uint8 or float16");
+  require(short_scale || is_half(scale.dtype()), "scale of uint8 or float16");
   require_shape(scale, {batch, books.heads, tokens, 1}, "scale, not [B, G, T, 1]");
   require(bytes <= 1 || packed.stride(3) == 1, "packed codes have gaps within a token");
   Side side;
@@ -96,18 +96,13 @@ void place_keys(AttendCall& call, const std::optional<Array<const float>>& key_c
                 float factor, bool interleaved) {
   require(positions.has_value() == inv_freq.has_value(), "positions and inv_freq together");
   if (positions) {
-    const int64_t rows = positions->ndim() == 2 ? positions->shape(0) : 0;
-    require(rows == 1 || rows == call.batch, "positions [B or 1, T]");
-    require_shape(*positions, {rows, call.tokens}, "positions, not [B or 1, T]");
-    require_dense(*positions, "positions");
-    require(inv_freq->ndim() == 1 && 2 * static_cast<int64_t>(inv_freq->shape(0)) <= call.key.dim, "inv_freq [n], 2 n <= D");
-    require_dense(*inv_freq, "inv_freq");
-    call.positions = positions->data();
-    call.positions_stride = rows == 1 ? 0 : call.tokens;
-    call.inv_freq = inv_freq->data();
-    call.rotary = inv_freq->shape(0);
-    call.factor = factor;
-    call.interleaved = interleaved;
+    const Turn turn = turn_of(*positions, *inv_freq, factor, interleaved, call.batch, call.tokens, call.key.dim);
+    call.positions = turn.positions;
+    call.positions_stride = turn.positions_stride;
+    call.inv_freq = turn.inv_freq;
+    call.rotary = turn.rotary;
+    call.factor = turn.factor;
+    call.interleaved = turn.interleaved;
   }
   if (key_center) {
     require(positions.has_value(), "a center comes with positions");

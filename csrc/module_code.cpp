@@ -4,8 +4,8 @@
 namespace kvfold {
 namespace {
 
-using Vectors = nb::ndarray<nb::ro, nb::device::cpu>;  // float32, or uint16, the bits of bfloat16
-using Scale = nb::ndarray<nb::device::cpu>;            // uint16, the bits of a float16, or uint8, the upper ones of them
+using Vectors = nb::ndarray<nb::ro, nb::device::cpu>;  // float32 or bfloat16
+using Scale = nb::ndarray<nb::device::cpu>;            // float16, or uint8, the upper bits of them
 
 // Vectors [B, G, T, D] and how they are searched; where results go is not known yet.
 CodeCall searched(const Vectors& x, const Books& books, const Array<const int64_t>& channels,
@@ -14,7 +14,7 @@ CodeCall searched(const Vectors& x, const Books& books, const Array<const int64_
   const int64_t batch = x.shape(0), tokens = x.shape(2), width = books.head_dim();
   require_shape(x, {batch, books.heads, tokens, width}, "vectors, not [B, G, T, D] of the books");
   require(x.size() == 0 || x.stride(3) == 1, "vectors with gaps within a token");
-  const bool half = x.dtype() == nb::dtype<uint16_t>();
+  const bool half = is_bfloat16(x.dtype());
   require(half || x.dtype() == nb::dtype<float>(), "vectors of float32 or bfloat16");
   require(bits >= 1 && bits <= 16 && books.size <= int64_t{1} << bits, "codes of 1 to 16 bits that number all codewords");
   require(beam >= 1 && width >= 2, "beam of at least 1 and vectors of two channels");
@@ -41,7 +41,7 @@ void place(CodeCall& call, const Array<uint8_t>& packed, const Scale& scale, int
   require_shape(scale, {rows, call.books->heads, tokens, 1}, "scale, not [B, G, T, 1]");
   Stored& to = call.to;
   to.short_scale = scale.dtype() == nb::dtype<uint8_t>();
-  require(to.short_scale || scale.dtype() == nb::dtype<uint16_t>(), "scale of uint8 or uint16");
+  require(to.short_scale || is_half(scale.dtype()), "scale of uint8 or float16");
   to.packed = packed.data(), to.scale = scale.data();
   to.batch_stride = packed.stride(0), to.head_stride = packed.stride(1), to.token_stride = packed.stride(2);
   to.scale_batch_stride = scale.stride(0), to.scale_head_stride = scale.stride(1), to.scale_token_stride = scale.stride(2);
@@ -77,13 +77,7 @@ void code_in_pages(const Array<const int64_t>& slots, const std::optional<Array<
     call.to.slots = slots.data(), call.to.block = block;
   }
   require(positions.has_value() == inv_freq.has_value(), "positions and inv_freq together");
-  if (positions) {
-    require_shape(*positions, {1, tokens}, "positions, not [1, T]");
-    require_dense(*positions, "positions");
-    require(inv_freq->ndim() == 1 && 2 * static_cast<int64_t>(inv_freq->shape(0)) <= key_books.head_dim(), "inv_freq [n], 2 n <= D");
-    require_dense(*inv_freq, "inv_freq");
-    calls[0].scaling.turn = {positions->data(), 0, inv_freq->data(), static_cast<int64_t>(inv_freq->shape(0)), factor, interleaved};
-  }
+  if (positions) calls[0].scaling.turn = turn_of(*positions, *inv_freq, factor, interleaved, 1, tokens, key_books.head_dim());
   nb::gil_scoped_release free;
   code(calls, 2, true, threads);
 }

@@ -33,7 +33,7 @@ _BACKENDS: dict[str, dict[str, Callable]] = {
     "naive": {
         "encode": naive_encode.encode,
         "code": partial(code, naive_encode.encode),
-        "code_pages": partial(code_pages, naive_encode.encode),
+        "code_pages": partial(code_pages, partial(code, naive_encode.encode)),
         "decode": naive_decode.decode,
         "unrotate": rope.unrotate,
         "attend": naive_attend.attend,
@@ -96,7 +96,7 @@ def _gpu() -> dict[str, Callable]:
     encode, decode, attend = (importlib.import_module(f"kvfold.ops.{op}.gpu") for op in ("encode", "decode", "attend"))
     found = {"encode": encode.encode, "decode": decode.decode, "attend": attend.attend, "unrotate": rope.unrotate}
     found |= {"attend_pages": partial(pages.attend_pages, attend.attend), "code": encode.code}
-    found["code_pages"] = partial(code_pages, encode.encode)
+    found["code_pages"] = partial(code_pages, encode.code)
     exact = naive_attend.attend_exact  # exact tokens are few: PyTorch's own products
     return {**found, "attend_exact": exact, "attend_both": partial(naive_attend.attend_both, attend.attend, exact)}
 

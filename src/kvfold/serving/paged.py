@@ -115,8 +115,8 @@ class Rows:
     def positions(self) -> Tensor:
         """Of all queries in their rows, int32 `[T]`."""
         rows = zip(self.lengths, self.queries, strict=True)
-        places = [place for length, asked in rows if length for place in range(length - asked, length)]
-        return torch.tensor(places, dtype=torch.int32)
+        own = [torch.arange(length - asked, length, dtype=torch.int32) for length, asked in rows if length]
+        return torch.cat([torch.arange(0, dtype=torch.int32), *own])
 
     @cached_property
     def steps(self) -> list[int]:

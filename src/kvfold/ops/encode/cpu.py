@@ -80,20 +80,9 @@ def _code(
     beam: int,
     scale_bits: int,
 ) -> tuple[Tensor, Tensor]:
-    array, results = native.array, _stored_like(x, codebooks, book, channels, weights, bits, beam, scale_bits)
-    packed, scale = results
-    x = x.float()
-    native.module().code(
-        array(x if x.stride(-1) == 1 else x.contiguous()),
-        native.books(codebooks, book),
-        array(channels),
-        None if weights is None else array(weights.float().contiguous()),
-        bits,
-        beam,
-        torch.get_num_threads(),
-        array(packed),
-        array(scale if scale_bits == 8 else scale.view(torch.uint16)),
-    )
+    results = _stored_like(x, codebooks, book, channels, weights, bits, beam, scale_bits)
+    searched = _searched(x, codebooks, book, channels, weights, bits, beam)
+    native.module().code(*searched, torch.get_num_threads(), *map(native.array, results))
     return results
 
 
@@ -138,33 +127,33 @@ def _code_pages(
     value_packed: Tensor,
     value_scale: Tensor,
 ) -> None:
-    array = native.array
+    array, dense = native.array, native.dense
+    key_coder = (key_codebooks, key_book, key_channels, key_weights, key_bits, key_beam)
+    value_coder = (value_codebooks, value_book, value_channels, value_weights, value_bits, value_beam)
     native.module().code_pages(
-        array(slots.contiguous()),
-        None if positions is None else array(positions.to(torch.int32).contiguous()),
-        None if inv_freq is None else array(inv_freq.float().contiguous()),
+        dense(slots, torch.int64),
+        None if positions is None else dense(positions, torch.int32),
+        None if inv_freq is None else dense(inv_freq, torch.float32),
         factor,
         interleaved,
         torch.get_num_threads(),
-        *_searched(keys, key_codebooks, key_book, key_channels, key_weights, key_bits, key_beam),
-        *_place(key_packed, key_scale),
-        *_searched(values, value_codebooks, value_book, value_channels, value_weights, value_bits, value_beam),
-        *_place(value_packed, value_scale),
+        *_searched(keys.transpose(0, 1)[None], *key_coder),
+        array(key_packed),
+        array(key_scale),
+        *_searched(values.transpose(0, 1)[None], *value_coder),
+        array(value_packed),
+        array(value_scale),
     )
 
 
 def _searched(
     x: Tensor, codebooks: Tensor, book: Tensor, channels: Tensor, weights: Tensor | None, bits: int, beam: int
 ) -> tuple:
-    """What the C++ op is told of a side: vectors `[T, G, D]` as `[1, G, T, D]`, and how they are searched."""
-    given = x.view(torch.uint16) if x.dtype == torch.bfloat16 else x.float()
-    given = (given if given.stride(-1) == 1 else given.contiguous()).transpose(0, 1)[None]
-    own = None if weights is None else native.array(weights.float().contiguous())
+    """What the C++ ops are told of vectors `[B, G, T, D]` and how they are searched."""
+    x = x if x.dtype == torch.bfloat16 else x.float()
+    given = x if x.stride(-1) == 1 else x.contiguous()
+    own = None if weights is None else native.dense(weights, torch.float32)
     return native.array(given), native.books(codebooks, book), native.array(channels), own, bits, beam
-
-
-def _place(packed: Tensor, scale: Tensor) -> tuple:
-    return native.array(packed), native.array(scale if scale.dtype == torch.uint8 else scale.view(torch.uint16))
 
 
 native.LIBRARY.define("encode(Tensor vectors, Tensor codebooks, Tensor book, int beam) -> Tensor")

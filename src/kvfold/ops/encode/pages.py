@@ -14,7 +14,6 @@ from torch import Tensor
 
 from kvfold.errors import non_finite
 from kvfold.ops.attend.naive import Rotation
-from kvfold.ops.encode.code import code
 from kvfold.ops.rope import unrotate
 
 
@@ -39,7 +38,7 @@ class Stored(NamedTuple):
 
 
 def code_pages(
-    encode: Callable,
+    code: Callable,
     keys: Tensor,
     values: Tensor,
     slots: Tensor,
@@ -50,14 +49,14 @@ def code_pages(
     """Code keys and values into pages.
 
     Args:
-        encode: the search, as `naive.encode`.
+        code: the op that codes a side, as `ops.code`.
         keys, values: `[T, G, D]`, keys after RoPE.
         slots: int64 `[T]`, page * block + place in it; a token of negative slot is not kept.
         rotation: of positions `[1, T]`, if keys are coded before RoPE.
         coders, stored: of keys and of values.
 
     Raises:
-        InputError: NaN or Inf in keys or values (not asked for on a GPU).
+        InputError: NaN or Inf in keys or values (not asked for on a GPU); what their slots hold then is nothing to be read.
     """
     keys, values = (x.transpose(0, 1)[None].float() for x in (keys, values))
     if not keys.is_cuda and not all(bool(x.isfinite().all()) for x in (keys, values)):
@@ -68,5 +67,5 @@ def code_pages(
     for x, coder, to in zip((keys, values), coders, stored, strict=True):
         block = to.packed.shape[2]
         page, place = slots[kept] // block, slots[kept] % block
-        for field, fresh in zip(to, code(encode, x, *coder), strict=True):
+        for field, fresh in zip(to, code(x, *coder), strict=True):
             field[page, :, place] = fresh[0, :, kept].transpose(0, 1)
