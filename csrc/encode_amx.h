@@ -11,10 +11,10 @@
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <vector>
 
+#include "encode_choose.h"
 #include "kernels.h"
 #include "lanes.h"
 #include "lanes_avx512.h"
@@ -84,7 +84,7 @@ class AmxEncoder {
         const int64_t vectors = std::min(count, (first + kRows) / room);
         if (found < kMany && vectors < count) continue;
         rescore(stage, from, found);
-        choose(stage, done, vectors, &steps_[s * most_rows_], to.half_square.data());
+        choose_best(keys_.data(), ends_.data(), stage.wider, room_, done, vectors, &steps_[s * most_rows_], to.half_square.data());
         if (!last && books_.dim == 32)
           descend<true>(stage, from, to, done * room_, vectors * room_, &steps_[s * most_rows_]);
         else if (!last)
@@ -346,7 +346,7 @@ class AmxEncoder {
       _mm512_storeu_si512(&candidates_[i], id);
       const __m512 square = books_.dim == 32 ? squares_of_16<true>(stage.m, from, i) : squares_of_16<false>(stage.m, from, i);
       const __m512 half = _mm512_mul_ps(square, _mm512_set1_ps(0.5f));
-      interleave(id, _mm512_add_epi32((__m512i)half, _mm512_set1_epi32(kStep)), &keys_[i]);
+      interleave(id, _mm512_add_epi32((__m512i)half, _mm512_set1_epi32(kKeyStep)), &keys_[i]);
     }
   }
 
@@ -369,60 +369,6 @@ class AmxEncoder {
     return sums_of_16(squares);
   }
 
-  // The `wider` best candidates of each of the vectors `first` to `last - 1`, ascending, to chosen[vector * room_] on, and their half
-  // errors, infinite where there are fewer than room_. Writes up to eight vectors more.
-  void choose(const Stage& stage, int64_t first, int64_t last, uint32_t* chosen, float* half_squares) {
-    int64_t end = 0;
-    for (int64_t v = first; v < last; v += 8) {
-      alignas(32) int32_t starts[8] = {}, counts[8] = {};
-      int32_t most = 0;
-      for (int64_t i = 0; i < std::min<int64_t>(8, last - v); i++) {
-        starts[i] = static_cast<int32_t>(end);
-        end = std::max<int64_t>(end, ends_[v + i]);
-        counts[i] = static_cast<int32_t>(end) - starts[i];
-        most = std::max(most, counts[i]);
-      }
-      uint32_t* const to = chosen + v * room_;
-      float* const halves = half_squares + v * room_;
-      if (stage.wider == 1)
-        choose_of_8<1>(starts, counts, most, to, halves);
-      else if (stage.wider <= 4)
-        choose_of_8<4>(starts, counts, most, to, halves);
-      else
-        choose_of_8<16>(starts, counts, most, to, halves);
-      for (int64_t i = 0; stage.wider < room_ && i < 8; i++)
-        std::fill_n(halves + i * room_ + stage.wider, room_ - stage.wider, kInfinity);
-    }
-  }
-
-  // Of eight vectors.
-  template <int kWanted>
-  void choose_of_8(const int32_t* starts, const int32_t* counts, int32_t most, uint32_t* chosen, float* halves) const {
-    __m512d best[kWanted];
-    lowest_of_8_lists(keys_.data(), starts, counts, most, _mm512_castsi512_pd(_mm512_set1_epi64(kNone)), best);
-    __m512i names[kWanted], errors[kWanted];
-    for (int k = 0; k < kWanted; k++) {
-      names[k] = _mm512_castsi256_si512(_mm512_cvtepi64_epi32((__m512i)best[k]));
-      const __m512i upper = _mm512_castsi256_si512(_mm512_cvtepi64_epi32(_mm512_srli_epi64((__m512i)best[k], 32)));
-      errors[k] = _mm512_sub_epi32(upper, _mm512_set1_epi32(kStep));
-    }
-    if (kWanted == 4 && room_ == 4) {
-      rows_of_4(names, chosen);
-      rows_of_4(errors, halves);
-      return;
-    }
-    alignas(64) uint32_t columns[2][kWanted][16];
-    for (int k = 0; k < kWanted; k++) {
-      _mm512_store_si512(columns[0][k], names[k]);
-      _mm512_store_si512(columns[1][k], errors[k]);
-    }
-    for (int64_t i = 0; i < 8; i++)
-      for (int64_t k = 0; k < std::min<int64_t>(kWanted, room_); k++) {
-        chosen[i * room_ + k] = columns[0][k][i];
-        std::memcpy(halves + i * room_ + k, &columns[1][k][i], 4);
-      }
-  }
-
   // The partial codes `chosen` become rows `first` to `last - 1` of the next stage.
   template <bool k32>
   void descend(const Stage& stage, const Side& from, Side& to, int64_t first, int64_t last, const uint32_t* chosen) {
@@ -439,8 +385,6 @@ class AmxEncoder {
   }
 
   static constexpr float kInfinity = std::numeric_limits<float>::infinity();
-  static constexpr uint64_t kNone = 0x7fe0000000000000;  // above every key; codeword 0 of row 0
-  static constexpr uint32_t kStep = 1 << 20;             // of the exponent: then no key is denormal or infinite
   static constexpr int64_t kMany = 2048;                 // candidates that are rescored together, and those of one more tile
 
   const Books& books_;
