@@ -66,28 +66,36 @@ inline const uint8_t* code_row(const Side& side, int64_t b, int64_t g, int64_t t
   return side.packed + b * side.batch_stride + g * side.head_stride + t * side.token_stride;
 }
 
+// `count` scales, `stride` apart: float16 numbers, or the upper bits of such.
+template <class Number>
+inline void read_scales(const Number* from, int64_t stride, int64_t count, float* to) {
+  constexpr int kUp = sizeof(Number) == 1 ? 7 : 0;
+  typedef Number Numbers __attribute__((vector_size(lanes * sizeof(Number))));
+  typedef uint16_t Halves __attribute__((vector_size(lanes * 2)));
+  for (int64_t t = 0; t < count; t += lanes, from += lanes * stride) {
+    Number some[lanes] = {};
+    if (count - t < lanes)
+      for (int64_t i = 0; i < count - t; i++) some[i] = from[i * stride];
+    else if (stride == 1)
+      std::memcpy(some, from, sizeof some);
+    else
+      for (int i = 0; i < lanes; i++) some[i] = from[i * stride];
+    Numbers numbers;
+    std::memcpy(&numbers, some, sizeof numbers);
+    uint16_t halves[lanes];
+    const Halves wide = __builtin_convertvector(numbers, Halves) << kUp;
+    std::memcpy(halves, &wide, sizeof halves);
+    store(to + t, load_halves(halves));
+  }
+}
+
+// Scales of `count` tokens; `to` has room for whole lane vectors.
 inline void read_scales(const Side& side, int64_t b, int64_t g, int64_t first, int64_t count, float* to) {
   const int64_t at = b * side.scale_batch_stride + g * side.scale_head_stride + first * side.scale_token_stride;
-  const int64_t stride = side.scale_token_stride;
-  const auto read = [&](const auto* from, int up) {
-    int64_t t = 0;
-    const auto vectors = [&](int64_t apart) {
-      for (; t + lanes <= count; t += lanes) {
-        uint16_t halves[lanes];
-        for (int i = 0; i < lanes; i++) halves[i] = static_cast<uint16_t>(from[(t + i) * apart] << up);
-        store(to + t, load_halves(halves));
-      }
-    };
-    if (stride == 1)
-      vectors(1);
-    else
-      vectors(stride);
-    for (; t < count; t++) to[t] = half_to_float(static_cast<uint16_t>(from[t * stride] << up));
-  };
   if (side.short_scale)
-    read(static_cast<const uint8_t*>(side.scale) + at, 7);
+    read_scales(static_cast<const uint8_t*>(side.scale) + at, side.scale_token_stride, count, to);
   else
-    read(static_cast<const uint16_t*>(side.scale) + at, 0);
+    read_scales(static_cast<const uint16_t*>(side.scale) + at, side.scale_token_stride, count, to);
 }
 
 // The largest of `tokens` scales, without their signs.

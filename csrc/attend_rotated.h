@@ -149,11 +149,11 @@ class RotatedScores {
         tile<kWidth, 2, 8>(row, stride, size, to + t * kWidth);
       } else if (codes_.empty()) {
         find(row, stride, size, near_.data());
-        tile<kWidth, 0, 0>(near_.data(), books.codes(), size, to + t * kWidth);
+        any_tile<kWidth>(near_.data(), books.codes(), size, to + t * kWidth);
       } else {
         unpack(call_.key, row, size, codes_.data());
         find(codes_.data(), books.codes(), size, far_.data());
-        tile<kWidth, 0, 0>(far_.data(), books.codes(), size, to + t * kWidth);
+        any_tile<kWidth>(far_.data(), books.codes(), size, to + t * kWidth);
       }
     }
   }
@@ -194,23 +194,23 @@ class RotatedScores {
     return z;
   }
 
-  // The same of all groups, `tables` of a group's stages one behind the other. Loads bound this, so codes are loaded four at a time
-  // and put apart by other instructions; and places that were stored first would hold up loads of codewords at the same place in
+  // The same of all groups, `tables` of a group's stages one behind the other. Codes are loaded two at a time and put apart by another
+  // instruction, since loads bound this; and places that were stored first would hold up loads of codewords at the same place in
   // another page.
-  template <int kGroups, int kStages>
+  template <int kStages, int kGroups>
   [[gnu::always_inline]] static inline void add_up_all(const char* const (&tables)[kGroups], const uint8_t* codes, __m512i (&z)[kGroups]) {
-#pragma GCC unroll 16
-    for (int k = 0; k < kGroups * kStages / 4; k++) {
-      uint32_t four;
-      std::memcpy(&four, codes + 4 * k, sizeof four);
-      uint64_t places = _pdep_u64(four, 0x3fc03fc03fc03fc0);  // in bytes, 16 bits each
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; i++, places >>= 16) {
-        const int l = 4 * k + i;
-        const __m512i codeword = _mm512_loadu_si512(tables[l % kGroups] + l / kGroups * 256 * 64 + static_cast<uint16_t>(places));
-        z[l % kGroups] = l < kGroups ? codeword : _mm512_add_epi16(z[l % kGroups], codeword);
-      }
-    }
+    unrolled<kGroups * kStages / 2>([&](auto k) __attribute__((always_inline)) {
+      uint16_t two;
+      std::memcpy(&two, codes + 2 * k, sizeof two);
+      const uint64_t places = _pdep_u64(two, 0x00003fc000003fc0);  // in bytes, 32 bits each
+      unrolled<2>([&](auto i) __attribute__((always_inline)) {
+        constexpr int l = 2 * k + i, p = l % kGroups;
+        const uint64_t place = i == 0 ? static_cast<uint32_t>(places) : places >> 32;
+        const __m512i codeword = _mm512_loadu_si512(tables[p] + l / kGroups * 256 * 64 + place);
+        z[p] = l < kGroups ? codeword : _mm512_add_epi16(z[p], codeword);
+        asm("" : "+v"(z[p]));  // else sums are rearranged, and so many places alive that they are put aside
+      });
+    });
   }
 
   // Take the queries to the tile's first position, as integers in coded order.
@@ -249,65 +249,95 @@ class RotatedScores {
     known_ = true;
   }
 
-  // Scores of `count` keys with their codes in rows of `stride`: codes themselves with kGroups and kStages known, else where codewords
-  // lie in their tables.
-  template <int kWidth, int kGroups, int kStages, class Place>
-  void tile(const Place* places, int64_t stride, int64_t count, float* to) {
-    const int64_t groups = kGroups ? kGroups : call_.key.books->groups, stages = kStages ? kStages : call_.key.books->stages;
-    const int64_t dim = groups * 32;
-    const int16_t* turns = plan_.table->turns.data();
-    const char* tables[kGroups ? kGroups : 1];
+  // z, integers of group p, rotated.
+  [[gnu::always_inline]] static inline __m512i rotated(__m512i z, const int16_t* turn, int64_t p, int64_t groups) {
+    const __m256i cosines = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(turn + groups * 32 + p * 16));
+    const __m512i swapped = _mm512_shuffle_i64x2(z, z, 0x4e);
+    return _mm512_add_epi16(_mm512_mulhrs_epi16(z, _mm512_broadcast_i64x4(cosines)),
+                            _mm512_mulhrs_epi16(swapped, _mm512_loadu_si512(turn + p * 32)));
+  }
+
+  // Sums of four registers each, their quarters side by side.
+  [[gnu::always_inline]] static inline __m512i quarters(const __m512i* acc) {
+    const __m512i x = _mm512_add_epi32(_mm512_unpacklo_epi32(acc[0], acc[1]), _mm512_unpackhi_epi32(acc[0], acc[1]));
+    const __m512i y = _mm512_add_epi32(_mm512_unpacklo_epi32(acc[2], acc[3]), _mm512_unpackhi_epi32(acc[2], acc[3]));
+    return _mm512_add_epi32(_mm512_unpacklo_epi64(x, y), _mm512_unpackhi_epi64(x, y));
+  }
+
+  // Scores of four keys, of which `quarters` are known, rows four by four.
+  template <int kWidth>
+  void put_scores(const __m512i (&quarter)[kWidth / 4][4], float* to) const {
+    for (int h = 0; h < kWidth / 4; h++) {
+      const __m512i* u = quarter[h];
+      const __m512i x = _mm512_add_epi32(_mm512_shuffle_i32x4(u[0], u[1], 0x88), _mm512_shuffle_i32x4(u[0], u[1], 0xdd));
+      const __m512i y = _mm512_add_epi32(_mm512_shuffle_i32x4(u[2], u[3], 0x88), _mm512_shuffle_i32x4(u[2], u[3], 0xdd));
+      const __m512i whole = _mm512_add_epi32(_mm512_shuffle_i32x4(x, y, 0x88), _mm512_shuffle_i32x4(x, y, 0xdd));
+      const __m512 result = _mm512_mul_ps(_mm512_cvtepi32_ps(whole), _mm512_broadcast_f32x4(_mm_loadu_ps(inverse_.data() + 4 * h)));
+      if constexpr (kWidth == 4) {
+        _mm512_storeu_ps(to, result);
+      } else {
+        alignas(64) float half[16];  // 128 bits a key: four rows
+        _mm512_store_ps(half, result);
+        for (int k = 0; k < 4; k++) std::copy_n(half + 4 * k, 4, to + k * kWidth + 4 * h);
+      }
+    }
+  }
+
+  // Scores of `count` keys with their codes in rows of `stride`.
+  template <int kWidth, int kGroups, int kStages>
+  void tile(const uint8_t* codes, int64_t stride, int64_t count, float* to) {
+    static_assert(kGroups * kStages % 2 == 0);
+    constexpr bool kHeld = kWidth * kGroups <= 16;  // queries, in registers
+    const int16_t *turns = plan_.table->turns.data(), *queries = integers_.data();
+    const char* tables[kGroups];
     for (int p = 0; p < kGroups; p++) tables[p] = reinterpret_cast<const char*>(tables_[p]);
-    const __m512 back = _mm512_broadcast_f32x4(_mm_loadu_ps(inverse_.data()));
-    const __m512 back_next = _mm512_broadcast_f32x4(_mm_loadu_ps(inverse_.data() + 4));
+    __m512i held[kHeld ? kWidth * kGroups : 1];
+    if constexpr (kHeld)
+      unrolled<kWidth * kGroups>([&](auto i) __attribute__((always_inline)) {
+        held[i] = _mm512_loadu_si512(queries + i * 32);
+        asm("" : "+v"(held[i]));
+      });
     for (int64_t t = 0; t < count; t += 4) {
       __m512i quarter[kWidth / 4][4];
       for (int k = 0; k < 4; k++) {
         const int64_t at = std::min(t + k, count - 1);
-        const Place* place = places + at * stride;
-        const int16_t* turn = turns + offset_[at] * groups * 48;
-        __m512i sums[kGroups ? kGroups : 1];
-        if constexpr (kGroups > 0) add_up_all<kGroups, kStages>(tables, place, sums);
+        const int16_t* turn = turns + offset_[at] * kGroups * 48;
+        __m512i z[kGroups], acc[kWidth];
+        add_up_all<kStages>(tables, codes + at * stride, z);
+        unrolled<kWidth>([&](auto r) __attribute__((always_inline)) { acc[r] = _mm512_setzero_si512(); });
+        unrolled<kGroups>([&](auto p) __attribute__((always_inline)) {
+          const __m512i key = rotated(z[p], turn, p, kGroups);
+          unrolled<kWidth>([&](auto r) __attribute__((always_inline)) {
+            constexpr int kAt = r * kGroups + p;
+            acc[r] = _mm512_dpwssd_epi32(acc[r], key, kHeld ? held[kHeld ? kAt : 0] : _mm512_loadu_si512(queries + kAt * 32));
+          });
+        });
+        for (int h = 0; h < kWidth / 4; h++) quarter[h][k] = quarters(acc + 4 * h);
+      }
+      put_scores<kWidth>(quarter, to + t * kWidth);
+    }
+  }
+
+  // The same of any number of groups and stages, of where codewords lie in their tables.
+  template <int kWidth, class Place>
+  void any_tile(const Place* places, int64_t stride, int64_t count, float* to) {
+    const int64_t groups = call_.key.books->groups, stages = call_.key.books->stages;
+    for (int64_t t = 0; t < count; t += 4) {
+      __m512i quarter[kWidth / 4][4];
+      for (int k = 0; k < 4; k++) {
+        const int64_t at = std::min(t + k, count - 1);
+        const int16_t* turn = plan_.table->turns.data() + offset_[at] * groups * 48;
         __m512i acc[kWidth];
         for (int r = 0; r < kWidth; r++) acc[r] = _mm512_setzero_si512();
-#pragma GCC unroll 4
         for (int64_t p = 0; p < groups; p++) {
-          __m512i z;
-          if constexpr (kGroups > 0)
-            z = sums[p];
-          else
-            z = add_up(place, p, groups, stages);
-          const __m512i swapped = _mm512_shuffle_i64x2(z, z, 0x4e);
-          z = _mm512_add_epi16(_mm512_mulhrs_epi16(z, _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(turn + groups * 32 + p * 16)))),
-                               _mm512_mulhrs_epi16(swapped, _mm512_loadu_si512(turn + p * 32)));
+          const __m512i key = rotated(add_up(places + at * stride, p, groups, stages), turn, p, groups);
 #pragma GCC unroll 8
           for (int r = 0; r < kWidth; r++)
-            acc[r] = _mm512_dpwssd_epi32(acc[r], z, _mm512_loadu_si512(integers_.data() + r * dim + p * 32));
+            acc[r] = _mm512_dpwssd_epi32(acc[r], key, _mm512_loadu_si512(integers_.data() + (r * groups + p) * 32));
         }
-        for (int h = 0; h < kWidth / 4; h++) {
-          const __m512i* a = acc + 4 * h;
-          const __m512i x = _mm512_add_epi32(_mm512_unpacklo_epi32(a[0], a[1]), _mm512_unpackhi_epi32(a[0], a[1]));
-          const __m512i y = _mm512_add_epi32(_mm512_unpacklo_epi32(a[2], a[3]), _mm512_unpackhi_epi32(a[2], a[3]));
-          quarter[h][k] = _mm512_add_epi32(_mm512_unpacklo_epi64(x, y), _mm512_unpackhi_epi64(x, y));
-        }
+        for (int h = 0; h < kWidth / 4; h++) quarter[h][k] = quarters(acc + 4 * h);
       }
-      __m512 result[kWidth / 4];  // 128 bits a key: four rows
-      for (int h = 0; h < kWidth / 4; h++) {
-        const __m512i* u = quarter[h];
-        const __m512i x = _mm512_add_epi32(_mm512_shuffle_i32x4(u[0], u[1], 0x88), _mm512_shuffle_i32x4(u[0], u[1], 0xdd));
-        const __m512i y = _mm512_add_epi32(_mm512_shuffle_i32x4(u[2], u[3], 0x88), _mm512_shuffle_i32x4(u[2], u[3], 0xdd));
-        const __m512i whole = _mm512_add_epi32(_mm512_shuffle_i32x4(x, y, 0x88), _mm512_shuffle_i32x4(x, y, 0xdd));
-        result[h] = _mm512_mul_ps(_mm512_cvtepi32_ps(whole), h ? back_next : back);
-      }
-      if constexpr (kWidth == 4) {
-        _mm512_storeu_ps(to + t * 4, result[0]);
-      } else {
-        alignas(64) float half[2][16];
-        _mm512_store_ps(half[0], result[0]);
-        _mm512_store_ps(half[1], result[1]);
-        for (int k = 0; k < 4; k++)
-          for (int h = 0; h < 2; h++) std::copy_n(half[h] + 4 * k, 4, to + (t + k) * 8 + 4 * h);
-      }
+      put_scores<kWidth>(quarter, to + t * kWidth);
     }
   }
 

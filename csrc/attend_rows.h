@@ -119,32 +119,24 @@ struct Rows {
     });
   }
 
-  // mass [codes][size][kWidth] of the `count` values at `kept`, or, without, of the first. Bound by one store a cycle; where
-  // codewords lie is found ahead, so that little else is issued.
+  // mass [codes][size][kWidth] of the `count` values at `kept`, or, without, of the first. Bound by one store a cycle, so little else
+  // may be issued: codes of bytes are put apart four by an instruction where the CPU has one, else where codewords lie is found ahead.
   template <int64_t kSize, class Code>
   static void add_mass(const Code* codes, int64_t stride, const int32_t* kept, int64_t count, int64_t codes_of, int64_t size,
                        const float* weights, float* mass, Ahead next) {
     const int64_t table_size = (kSize ? kSize : size) * kWidth;
-    using Place = std::conditional_t<sizeof(Code) == 1, uint16_t, uint32_t>;
-    alignas(64) Place place[kPlaces * kLaneBlock];
     in_blocks(codes_of, [&](int64_t first, auto block) __attribute__((always_inline)) {
       constexpr int64_t kBlock = decltype(block)::value;
       char* const own = opaque(reinterpret_cast<char*>(mass + first * table_size));
       for (int64_t t = 0; t < count; t += kPlaces) {
         const int64_t some = std::min(kPlaces, count - t);
         next.ask();
-        for (int64_t i = 0; i < some; i++) {
-          Code code[kBlock];
-          std::memcpy(code, codes + (kept ? kept[t + i] : t + i) * stride + first, sizeof code);
-          for (int64_t l = 0; l < kBlock; l++) place[i * kBlock + l] = static_cast<Place>(code[l] * sizeof(Wide));
-        }
-        for (int64_t i = 0; i < some; i++) {
-          const Wide weight = get(weights + (t + i) * kWidth);
-#pragma GCC unroll 8
-          for (int64_t l = 0; l < kBlock; l++) {
-            float* sums = reinterpret_cast<float*>(own + place[i * kBlock + l] + l * table_size * sizeof(float));
-            put(sums, get(sums) + weight);
-          }
+        const float* weight = weights + t * kWidth;
+        if (kept) {
+          add_some<kBlock>([=](int64_t i) { return codes + kept[t + i] * stride + first; }, some, weight, table_size, own);
+        } else {
+          const Code* row = codes + t * stride + first;
+          add_some<kBlock>([=](int64_t i) { return row + i * stride; }, some, weight, table_size, own);
         }
       }
     });
@@ -168,6 +160,48 @@ struct Rows {
   }
 
  private:
+  // `some` weights to the masses of kBlock codes each, in tables from `own` on.
+  template <int64_t kBlock, class Row>
+  [[gnu::always_inline]] static inline void add_some(const Row& row, int64_t some, const float* weights, int64_t table_size, char* own) {
+    using Code = std::decay_t<decltype(*row(0))>;
+    const auto add = [=](int64_t l, int64_t place, Wide weight) __attribute__((always_inline)) {
+      // Found once, with an addition that is not the slow one of three terms.
+      float* sums = reinterpret_cast<float*>(opaque(own + place) + l * table_size * sizeof(float));
+      put(sums, get(sums) + weight);
+    };
+#if defined(__BMI2__)
+    if constexpr (sizeof(Code) == 1) {
+      constexpr int64_t kFour = std::min<int64_t>(4, kBlock);
+      constexpr uint64_t kSpread = 0x00ff00ff00ff00ff * sizeof(Wide);  // places in bytes, 16 bits each
+      for (int64_t i = 0; i < some; i++, weights += kWidth) {
+        const Code* code = row(i);
+        const Wide weight = get(weights);
+#pragma GCC unroll 2
+        for (int64_t l = 0; l < kBlock; l += kFour) {
+          uint32_t four = 0;
+          std::memcpy(&four, code + l, kFour);
+          uint64_t places = _pdep_u64(four, kSpread);
+#pragma GCC unroll 4
+          for (int64_t k = 0; k < kFour; k++, places >>= 16) add(l + k, static_cast<uint16_t>(places), weight);
+        }
+      }
+      return;
+    }
+#endif
+    using Place = std::conditional_t<sizeof(Code) == 1, uint16_t, uint32_t>;
+    alignas(64) Place place[kPlaces * kBlock];
+    for (int64_t i = 0; i < some; i++) {
+      Code code[kBlock];
+      std::memcpy(code, row(i), sizeof code);
+      for (int64_t l = 0; l < kBlock; l++) place[i * kBlock + l] = static_cast<Place>(code[l] * sizeof(Wide));
+    }
+    for (int64_t i = 0; i < some; i++, weights += kWidth) {
+      const Wide weight = get(weights);
+#pragma GCC unroll 8
+      for (int64_t l = 0; l < kBlock; l++) add(l, place[i * kBlock + l], weight);
+    }
+  }
+
   static constexpr int kTogether = 4;
 
   static vf entries(const float* from) { return load(from); }

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -20,6 +21,16 @@ constexpr int lanes = 4;
 
 typedef float vf __attribute__((vector_size(4 * lanes)));
 typedef int32_t vi __attribute__((vector_size(4 * lanes)));
+
+// f(0), f(1), ... f(kCount - 1), the numbers as types: what they index can stay in registers.
+template <class F, int... kNumbers>
+[[gnu::always_inline]] inline void unrolled(const F& f, std::integer_sequence<int, kNumbers...>) {
+  (f(std::integral_constant<int, kNumbers>()), ...);
+}
+template <int kCount, class F>
+[[gnu::always_inline]] inline void unrolled(const F& f) {
+  unrolled(f, std::make_integer_sequence<int, kCount>());
+}
 
 inline vf load(const float* from) {
   vf v;

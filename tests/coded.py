@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from kvfold import ops
@@ -46,3 +48,14 @@ def coded(
 def rotation(tokens: int, dim: int) -> ops.Rotation:
     positions = torch.arange(tokens, dtype=torch.int32)[None]
     return ops.Rotation(positions, 1e4 ** -(torch.arange(dim // 2) / (dim // 2)), 1.1, False)
+
+
+def thread_counts(backend: str) -> Iterator[int]:
+    """One thread, then three for the backend that shares work out among them; set while the loop's body runs."""
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3) if backend == "cpu" else (1,):
+            torch.set_num_threads(threads)
+            yield threads
+    finally:
+        torch.set_num_threads(before)

@@ -14,6 +14,8 @@ if not torch.cuda.is_available():
 from hypothesis import settings
 from torch import Tensor
 
+from kvfold.ops import native
+
 settings.register_profile("kvfold", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("kvfold")
 
@@ -32,7 +34,7 @@ def one_thread() -> None:
 def poisoned_empty() -> Iterator[None]:
     """`torch.empty` and its kin hand out NaN and extreme integers, so that a read before a write shows."""
     with pytest.MonkeyPatch.context() as patch:
-        for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty"), (native, "floats")):
             patch.setattr(owner, name, _poisoning(getattr(owner, name)))
         yield
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -15,9 +15,14 @@ from kvfold.ops.merge import merge
 from kvfold.ops.rope import rotate
 
 
+def _of(op: str, backend: str | None, tensor: Tensor) -> Callable:
+    """The function of `op` for that tensor; telling a device's type takes a tenth as long as a small op."""
+    return select(op, backend, "cpu" if tensor.is_cpu else tensor.device.type)
+
+
 def encode(vectors: Tensor, codebooks: Tensor, book: Tensor, beam: int = 1, backend: str | None = None) -> Tensor:
     """Residual nearest-codeword search; see `ops/encode/naive.py` for shapes and the rule for ties."""
-    return select("encode", backend, vectors.device.type)(vectors, codebooks, book, beam)
+    return _of("encode", backend, vectors)(vectors, codebooks, book, beam)
 
 
 def code(
@@ -32,7 +37,7 @@ def code(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Packed codes and scales of vectors; see `ops/encode/code.py` for shapes."""
-    return select("code", backend, x.device.type)(x, codebooks, book, channels, weights, bits, beam, scale_bits)
+    return _of("code", backend, x)(x, codebooks, book, channels, weights, bits, beam, scale_bits)
 
 
 def code_pages(
@@ -45,12 +50,12 @@ def code_pages(
     backend: str | None = None,
 ) -> None:
     """Code keys and values straight into pages; see `ops/encode/pages.py`."""
-    select("code_pages", backend, keys.device.type)(keys, values, slots, rotation, coders, stored)
+    _of("code_pages", backend, keys)(keys, values, slots, rotation, coders, stored)
 
 
 def decode(codes: Tensor, codebooks: Tensor, book: Tensor, backend: str | None = None) -> Tensor:
     """Codes to vectors; see `ops/decode/naive.py`."""
-    return select("decode", backend, codes.device.type)(codes, codebooks, book)
+    return _of("decode", backend, codes)(codes, codebooks, book)
 
 
 def attend(
@@ -64,7 +69,7 @@ def attend(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention on residual codes, `(out, lse)`; see `ops/attend/naive.py`."""
-    run = select("attend", backend, query.device.type)
+    run = _of("attend", backend, query)
     return run(query, key, value, rotation, mask, softmax_scale, softcap)
 
 
@@ -78,7 +83,7 @@ def attend_exact(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention on exact keys and values, `(out, lse)`; see `ops/attend/naive.py`."""
-    run = select("attend_exact", backend, query.device.type)
+    run = _of("attend_exact", backend, query)
     return run(query, keys, values, mask, softmax_scale, softcap)
 
 
@@ -94,7 +99,7 @@ def attend_both(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention on residual codes and on exact keys and values, `(out, lse)`; see `ops/attend/naive.py`."""
-    run = select("attend_both", backend, query.device.type)
+    run = _of("attend_both", backend, query)
     return run(query, key, value, rotation, mask, exact, softmax_scale, softcap)
 
 
@@ -110,7 +115,7 @@ def attend_pages(
     backend: str | None = None,
 ) -> Tensor:
     """Attention of a decode step over codes in pages; see `ops/attend/pages.py`."""
-    run = select("attend_pages", backend, query.device.type)
+    run = _of("attend_pages", backend, query)
     return run(query, key, value, table, lengths, rotation, softmax_scale, softcap)
 
 
@@ -118,7 +123,7 @@ def unrotate(
     x: Tensor, positions: Tensor, inv_freq: Tensor, factor: float = 1.0, interleaved: bool = False, backend: str | None = None
 ) -> Tensor:
     """Inverse of `rotate`; see `ops/rope.py`."""
-    return select("unrotate", backend, x.device.type)(x, positions, inv_freq, factor, interleaved)
+    return _of("unrotate", backend, x)(x, positions, inv_freq, factor, interleaved)
 
 
 __all__ = [

@@ -86,6 +86,11 @@ def dense(tensor: Tensor, dtype: torch.dtype) -> Any:
 _capsule = torch.utils.dlpack.to_dlpack
 
 
+def floats(*shape: int) -> Tensor:
+    """An uninitialized float32 tensor on the CPU: `torch.empty` told the type and place, or `new_empty`, take twice as long."""
+    return torch.FloatTensor(*shape)
+
+
 def eager(tensor: Tensor) -> bool:
     """Whether an op on `tensor` may be called itself: `torch.library`, which tells `torch.compile` and fake tensors of its
     shapes, takes as long as a small op does."""

@@ -130,7 +130,7 @@ def _attend_codes(
     skip: float,
 ) -> tuple[Tensor, Tensor]:
     array, dense = native.array, native.dense
-    out, lse = _results(query, value_channels.numel())
+    out, lse = _results(query, value_channels.numel(), native.floats)
     native.module().attend_codes(
         dense(query, torch.float32),
         *_side(key_packed, key_scale, key_codebooks, key_book, key_channels, key_bits),
@@ -181,7 +181,7 @@ def _attend_pages(
     skip: float,
 ) -> Tensor:
     array, dense, longest = native.array, native.dense, max(lengths, default=0)
-    out = _pages_result(query, value_channels)
+    out = native.floats(*query.shape[:2], value_channels.numel())
     native.module().attend_pages(
         dense(query, torch.float32),
         array(table.to(torch.int32)),
@@ -207,7 +207,7 @@ def _attend_exact(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, softmax_scale: float, softcap: float
 ) -> tuple[Tensor, Tensor]:
     array, dense = native.array, native.dense
-    out, lse = _results(query, values.shape[-1])
+    out, lse = _results(query, values.shape[-1], native.floats)
     native.module().attend_exact(
         dense(query, torch.float32),
         array(keys.float()),
@@ -228,13 +228,9 @@ def _side(packed: Tensor, scale: Tensor, codebooks: Tensor, book: Tensor, channe
     return native.array(packed), native.array(scale), bits, native.books(codebooks, book, channels)
 
 
-def _pages_result(query: Tensor, value_channels: Tensor) -> Tensor:
-    return query.new_empty((*query.shape[:2], value_channels.numel()), dtype=torch.float32)
-
-
-def _results(query: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+def _results(query: Tensor, dim: int, empty: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
     rows = query.shape[:3]
-    return query.new_empty((*rows, dim), dtype=torch.float32), query.new_empty(rows, dtype=torch.float32)
+    return empty(*rows, dim), empty(*rows)
 
 
 _SIDES = "".join(
@@ -262,16 +258,16 @@ native.LIBRARY.impl("attend_exact", _attend_exact, "CPU")
 def _(query: Tensor, *given: object) -> tuple[Tensor, Tensor]:
     channels = given[10]
     assert isinstance(channels, Tensor)
-    return _results(query, channels.numel())
+    return _results(query, channels.numel(), query.float().new_empty)
 
 
 @torch.library.register_fake("kvfold::attend_pages")
 def _(query: Tensor, *given: object) -> Tensor:
     channels = given[12]
     assert isinstance(channels, Tensor)
-    return _pages_result(query, channels)
+    return query.float().new_empty((*query.shape[:2], channels.numel()))
 
 
 @torch.library.register_fake("kvfold::attend_exact")
 def _(query: Tensor, keys: Tensor, values: Tensor, *given: object) -> tuple[Tensor, Tensor]:
-    return _results(query, values.shape[-1])
+    return _results(query, values.shape[-1], query.float().new_empty)
