@@ -1,7 +1,7 @@
 // Masses times codebooks (attend_step.h) on the matrix unit, where groups share their codebooks: of a stage, the product
 //     sums[channel][group, row] += codewords[channel][codeword] . mass[codeword][group, row]
-// serves all of them. Codewords and masses are sums of two bfloat16 numbers each, and three of four products are formed: off by
-// 2^-17 of the sums.
+// serves all of them. Masses are sums of two bfloat16 numbers, and so are codewords that are not bfloat16 themselves, of which three of
+// four products are formed: off by 2^-17 of the sums.
 #pragma once
 
 #include "amx.h"
@@ -51,19 +51,22 @@ class UnitMix {
     for (int64_t i = 0; i < std::min(kAhead, all); i++) split_at(i);
     for (int64_t i = 0; i < all; i++) {
       if (i + kAhead < all) split_at(i + kAhead);
-      const uint16_t* left = codewords.of(book[i / bunches * books.groups], i % bunches, channel / 16);
+      const auto left = [&](int64_t half, int64_t term) {
+        return codewords.of(book[i / bunches * books.groups], i % bunches, channel / 16 + half, term);
+      };
       const auto& right = split[i % (kAhead + 1)];
       _tile_loadd(6, right[0], 64);
       _tile_loadd(7, right[1], 64);
-      _tile_loadd(4, left, 64);
+      _tile_loadd(4, left(0, 0), 64);
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(5, left + 2 * 512, 64);
+      _tile_loadd(5, left(1, 0), 64);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
-      _tile_loadd(4, left + 512, 64);
+      if (codewords.terms < 2) continue;
+      _tile_loadd(4, left(0, 1), 64);
       _tile_dpbf16ps(1, 4, 6);
-      _tile_loadd(5, left + 3 * 512, 64);
+      _tile_loadd(5, left(1, 1), 64);
       _tile_dpbf16ps(3, 5, 6);
     }
     alignas(64) float found[4][16][16];

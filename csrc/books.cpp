@@ -141,15 +141,18 @@ Books::Tiles make_tiles(const Books& books) {
 
 Books::Splits make_splits(const Books& books) {
   Books::Splits made;
-  made.parts = books.dim / 16, made.bunches = books.padded_size() / 32;
-  made.halves.assign(books.count * made.bunches * made.parts * 1024, 0);
+  const bool exact = std::all_of(books.rows.begin(), books.rows.end(), [](float x) { return from_bfloat16(to_bfloat16(x)) == x; });
+  made.parts = books.dim / 16, made.bunches = books.padded_size() / 32, made.terms = exact ? 1 : 2;
+  made.halves.assign(books.count * made.bunches * made.parts * made.terms * 512, 0);
   for (int64_t m = 0; m < books.count; m++)
     for (int64_t c = 0; c < books.size; c++)
       for (int64_t j = 0; j < books.dim; j++) {
-        const float x = books.table(m)[c * books.dim + j];
-        uint16_t* tile = made.halves.data() + ((m * made.bunches + c / 32) * made.parts + j / 16) * 1024 + j % 16 * 32 + c % 32;
-        tile[0] = to_bfloat16(x);
-        tile[512] = to_bfloat16(x - from_bfloat16(tile[0]));
+        float left = books.table(m)[c * books.dim + j];
+        for (int64_t term = 0; term < made.terms; term++) {
+          const uint16_t half = to_bfloat16(left);
+          made.halves[made.of(m, c / 32, j / 16, term) - made.halves.data() + j % 16 * 32 + c % 32] = half;
+          left -= from_bfloat16(half);
+        }
       }
   return made;
 }

@@ -110,13 +110,14 @@ struct Books {
   };
   const Tiles& tiles() const;  // made at the first call
 
-  // Codewords as sums of two bfloat16 numbers, in tiles that matrix units multiply masses with: [M][padded C / 32][parts of 16
-  // entries][2][16 entries][32 codewords], the larger number first; dim is a multiple of 16.
+  // Codewords as sums of bfloat16 numbers, in tiles that matrix units multiply masses with: [M][padded C / 32][parts of 16
+  // entries][terms][16 entries][32 codewords], the larger number first; dim is a multiple of 16. One term is enough for codebooks of
+  // bfloat16 or less (float8), else there are two.
   struct Splits {
     Aligned<uint16_t> halves;
-    int64_t parts, bunches;
-    const uint16_t* of(int64_t m, int64_t bunch, int64_t part) const {
-      return halves.data() + ((m * bunches + bunch) * parts + part) * 1024;
+    int64_t parts, bunches, terms;
+    const uint16_t* of(int64_t m, int64_t bunch, int64_t part, int64_t term) const {
+      return halves.data() + (((m * bunches + bunch) * parts + part) * terms + term) * 512;
     }
   };
   const Splits& splits() const;  // made at the first call

@@ -119,6 +119,26 @@ def test_scales_and_codewords_may_take_a_byte(rope: str, queries: int) -> None:
         ops.attend(torch.randn(1, 6, 1, 64), key._replace(scale=key.scale[:, :1]), value, turned, None, 0.125, backend="cpu")
 
 
+@pytest.mark.parametrize("tokens", [255, 256, 257, 400])
+@pytest.mark.parametrize("apart", [3, 4, 36])
+@pytest.mark.parametrize("short", [False, True])
+def test_scales_may_lie_apart(short: bool, apart: int, tokens: int) -> None:
+    """As in pages: the same to the last bit, and nothing behind the last scale is read (`make sanitize`)."""
+    key, value = coded(1, 2, tokens, 64, strided=True), coded(1, 2, tokens, 64)
+    if short:
+        key, value = (side._replace(scale=pack_scale(side.scale.float())) for side in (key, value))
+    spread = []
+    for side in (key, value):
+        memory = torch.full((2 * tokens * apart - apart + 1,), 255, dtype=torch.uint8).repeat_interleave(
+            side.scale.element_size()
+        )
+        scale = memory.view(side.scale.dtype).as_strided((1, 2, tokens, 1), (1, tokens * apart, apart, 1))
+        spread.append(side._replace(scale=scale.copy_(side.scale)))
+    query = torch.randn(1, 6, 1, 64)
+    together = ops.attend(query, key, value, None, None, 0.125, backend="cpu")
+    assert all(map(torch.equal, ops.attend(query, *spread, None, None, 0.125, backend="cpu"), together))
+
+
 @pytest.mark.parametrize("own", ["heads", "groups"])
 @pytest.mark.parametrize("rope", ["post", "pre"])
 def test_heads_and_groups_may_have_books_of_their_own(rope: str, own: str) -> None:
