@@ -31,13 +31,9 @@ class AmxTiles {
   alignas(64) uint8_t before_[64];
 };
 
-// The nearest bfloat16 of each float, in the upper half of its 32 bits, zeros below.
-inline __m512i nearest_bfloat16(__m512 x) {
-  const __m512i bits = _mm512_castps_si512(x);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-  return _mm512_and_si512(up, _mm512_set1_epi32(static_cast<int>(0xffff0000)));
-}
+// The nearest bfloat16 of each float, and back.
+inline __m256i to_bfloat16(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+inline __m512 from_bfloat16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 
 }  // namespace kvfold
 

@@ -117,8 +117,12 @@ inline float sum(vf v) {
 
 // exp(x) for x <= 88 (or -inf), relative error below 2e-7: 2^n * p(r), n the nearest integer to x / ln 2; 0 below -87.
 inline vf exp_of(vf x) {
+#if defined(__AVX512F__)
+  const __mmask16 large = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);
+#else
   const vi tiny = x < -87.0f;
   x = larger(x, splat(-87.0f));
+#endif
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const vf n = (x * 1.44269504f + magic) - magic;
   const vf r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
@@ -129,10 +133,14 @@ inline vf exp_of(vf x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
+#if defined(__AVX512F__)
+  return (vf)_mm512_maskz_scalef_ps(large, (__m512)p, (__m512)n);
+#else
   const vi exponent = (__builtin_convertvector(n, vi) + 127) << 23;
   vf power;
   std::memcpy(&power, &exponent, sizeof power);
   return tiny ? vf{} : p * power;
+#endif
 }
 
 // Sine and cosine of any angle that float32 holds to 1e-7 of a turn or better, absolute error below 1e-6. Reduced by pi / 2
