@@ -245,6 +245,27 @@ def test_scores_that_rise_along_the_keys_do_not_overflow() -> None:
     assert torch.allclose(lse, right_lse, rtol=1e-5)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_more_queries_and_keys_than_are_taken_at_a_time(dtype: torch.dtype, masked: bool) -> None:
+    """Rounds of 1,024 queries, of 1,024 keys that are decoded together; rows that see nothing, keys that nobody sees."""
+    queries, tokens = 1050, 1100
+    key, value = coded(2, 1, tokens, 32, stages=2, strided=True), coded(2, 1, tokens, 32, stages=2)
+    query = torch.randn(2, 2, queries, 32).to(dtype)
+    seen = torch.rand(2, 1, queries, tokens) < 0.5
+    seen[0, :, 100:900] = False
+    seen[1, :, :, 64:1040] = False
+    seen[:, :, :, 1090:] = False
+    mask = seen if masked else None
+    (out, lse), (right, right_lse) = both(query, key, value, rotation(tokens, 32), mask, 32**-0.5)
+    there = right_lse.isfinite()
+    assert torch.equal(lse.isfinite(), there)
+    assert not out[~there].any()
+    difference = (out - right)[there].square().mean().sqrt() / right[there].square().mean().sqrt()
+    assert float(difference) <= (1e-2 if dtype is torch.bfloat16 else EXACT_ERROR)
+    assert float((lse - right_lse)[there].abs().max()) <= 1e-2
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize(("dim", "rope"), [(64, "pre"), (128, "post"), (32, "post")])
