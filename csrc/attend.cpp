@@ -28,7 +28,7 @@ void merge(const float* other, const float* other_lse, int64_t rows, int64_t dim
 void attend(const AttendCall& call) {
   if (attend_step(call)) return;
 #if defined(__AMX_BF16__)
-  if (AmxAttention::serves(call)) return AmxAttention::run(call);
+  if (amx_serves(call)) return attend_amx(call);
 #endif
   attend_tiles(call);
 }

@@ -19,52 +19,9 @@ constexpr int64_t kAmxTiles = 16;      // tiles of 64 keys that are decoded toge
 constexpr int64_t kAmxRows = 256;      // query rows of a piece of work
 constexpr float kAmxRescale = 8;       // a maximum that rises by less is not followed: weights up to e^8
 
+// Some query rows of a KV head.
 class AmxAttention {
  public:
-  static bool serves(const AttendCall& call) {
-    return !call.center && call.queries > 1 && call.shared * call.queries >= 32 && call.shared <= kAmxRows && call.key.dim % 32 == 0 &&
-           call.value.dim % 16 == 0;
-  }
-
-  static void run(const AttendCall& call) {
-    const int64_t pairs = call.batch * call.kv_heads, block = std::max<int64_t>(1, kAmxRows / call.shared);
-    const int64_t all = (call.tokens + kTile - 1) / kTile, tiles = std::min(kAmxTiles, all);
-    AmxFactors factors(call, tiles);
-    std::vector<uint64_t> seen;  // [batch][tiles][queries of a round]: which keys of a tile a query sees, a bit each
-    for (int64_t round = 0; round < call.queries; round += kAmxQueries) {
-      const int64_t queries = std::min(kAmxQueries, call.queries - round), blocks = (queries + block - 1) / block;
-      std::vector<std::optional<AmxAttention>> pieces(pairs * blocks);
-      seen.resize(call.batch * tiles * queries);
-      const auto any_seen = [&](const uint64_t* from, int64_t count) { return std::any_of(from, from + count, [](uint64_t keys) { return keys; }); };
-      int64_t tile = 0;
-      do {
-        const int64_t some = std::min(tiles, all - tile);
-        const auto tokens_of = [&](int64_t i) { return std::min(kTile, call.tokens - (tile + i) * kTile); };
-        parallel_for(call.threads, call.batch * blocks, [&](int64_t item) {
-          const int64_t b = item / blocks, from = item % blocks * block;
-          for (int64_t q = from; q < std::min(from + block, queries); q++)  // a query's mask lies side by side
-            for (int64_t i = 0; i < some; i++) seen[(b * tiles + i) * queries + q] = keys_seen(call, b, round + q, (tile + i) * kTile, tokens_of(i));
-        });
-        parallel_for(call.threads, pairs * some, [&](int64_t item) {
-          const int64_t pair = item / some, i = item % some;
-          if (any_seen(&seen[(pair / call.kv_heads * tiles + i) * queries], queries)) factors.make(pair, i, (tile + i) * kTile, tokens_of(i));
-        });
-        parallel_for(call.threads, pairs * blocks, [&](int64_t item) {
-          const int64_t pair = item / blocks, from = item % blocks * block, count = std::min(block, queries - from);
-          std::optional<AmxAttention>& piece = pieces[item];
-          if (!piece) piece.emplace(call, factors, pair, round + from, count);
-          const AmxTiles unit;
-          for (int64_t i = 0; i < some; i++) {
-            const uint64_t* own = &seen[(pair / call.kv_heads * tiles + i) * queries + from];
-            if (any_seen(own, count)) factors.terms == 1 ? piece->attend<1>(i, own) : piece->attend<2>(i, own);
-          }
-          if (tile + some == all) piece->write();
-        });
-        tile += some;
-      } while (tile < all);
-    }
-  }
-
   AmxAttention(const AttendCall& call, const AmxFactors& factors, int64_t pair, int64_t first, int64_t count)
       : call_(call),
         factors_(factors),
@@ -80,8 +37,7 @@ class AmxAttention {
     read_queries();
   }
 
- private:
-  // Keys and values of a tile of the factors, of which each query sees those of `seen`.
+  // Keys and values of a tile of the factors, of which each query sees those of `seen`, a bit each.
   template <int kTerms>
   void attend(int64_t tile, const uint64_t* seen) {
     const float* scales = factors_.scales(pair_, tile);
@@ -97,6 +53,18 @@ class AmxAttention {
     }
   }
 
+  void write() const {
+    const int64_t dim = call_.value.dim;
+    for (int64_t r = 0; r < rows_; r++) {
+      float* out = call_.out + place(r) * dim;
+      const bool seen = top_[r] != kMinusInfinity;
+      const float total = _mm512_reduce_add_ps(_mm512_load_ps(&total_[r * 16])), share = seen ? 1 / total : 0.0f;
+      for (int64_t i = 0; i < dim; i++) out[factors_.value_order.channels[i]] = sums_[r * dim + i] * share;
+      call_.lse[place(r)] = seen ? top_[r] + std::log(total) : kMinusInfinity;
+    }
+  }
+
+ private:
   // Queries [terms][padded][D] in the keys' order, times the softmax scale.
   void read_queries() {
     const int64_t dim = call_.key.dim;
@@ -186,20 +154,6 @@ class AmxAttention {
     }
   }
 
-  // Which of `count` keys from `first` on a query sees, a bit each.
-  static uint64_t keys_seen(const AttendCall& call, int64_t b, int64_t query, int64_t first, int64_t count) {
-    const uint64_t there = count == kTile ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
-    if (!call.mask) return there;
-    const uint8_t* mask = call.mask + b * call.mask_batch_stride + query * call.mask_query_stride + first * call.mask_token_stride;
-    if (call.mask_token_stride == 1 && count == kTile) {
-      const __m512i bytes = _mm512_loadu_si512(mask);
-      return _mm512_test_epi8_mask(bytes, bytes);
-    }
-    uint64_t seen = 0;
-    for (int64_t t = 0; t < count; t++) seen |= static_cast<uint64_t>(mask[t * call.mask_token_stride] != 0) << t;
-    return seen;
-  }
-
   // sums [16 rows][value dim] += weights . values
   template <int kTerms>
   void mix(int64_t row, const uint16_t* weights, const uint16_t* values) {
@@ -231,17 +185,6 @@ class AmxAttention {
     }
   }
 
-  void write() const {
-    const int64_t dim = call_.value.dim;
-    for (int64_t r = 0; r < rows_; r++) {
-      float* out = call_.out + place(r) * dim;
-      const bool seen = top_[r] != kMinusInfinity;
-      const float total = _mm512_reduce_add_ps(_mm512_load_ps(&total_[r * 16])), share = seen ? 1 / total : 0.0f;
-      for (int64_t i = 0; i < dim; i++) out[factors_.value_order.channels[i]] = sums_[r * dim + i] * share;
-      call_.lse[place(r)] = seen ? top_[r] + std::log(total) : kMinusInfinity;
-    }
-  }
-
   const AttendCall& call_;
   const AmxFactors& factors_;
   int64_t pair_, first_query_, queries_, rows_, padded_;
@@ -249,6 +192,93 @@ class AmxAttention {
   Aligned<float> sums_, total_;  // [padded][value dim], [padded][16]
   std::vector<float> top_;
 };
+
+// Queries first..first+count-1 of all heads.
+class AmxRound {
+ public:
+  AmxRound(const AttendCall& call, AmxFactors& factors, int64_t first, int64_t count)
+      : call_(call),
+        factors_(factors),
+        first_(first),
+        count_(count),
+        block_(std::max<int64_t>(1, kAmxRows / call.shared)),
+        blocks_((count + block_ - 1) / block_),
+        pieces_(call.batch * call.kv_heads * blocks_),
+        seen_(call.batch * kAmxTiles * count) {}
+
+  // Go through `tiles` tiles of keys from the one `first` on.
+  void attend(int64_t first, int64_t tiles) {
+    const int64_t pairs = call_.batch * call_.kv_heads;
+    parallel_for(call_.threads, call_.batch * blocks_, [&](int64_t item) { look(item / blocks_, item % blocks_ * block_, first, tiles); });
+    parallel_for(call_.threads, pairs * tiles, [&](int64_t item) {
+      const int64_t pair = item / tiles, i = item % tiles;
+      if (any(seen(pair, i), count_)) factors_.make(pair, i, (first + i) * kTile, tokens_of(first + i));
+    });
+    parallel_for(call_.threads, pairs * blocks_, [&](int64_t item) {
+      const int64_t pair = item / blocks_, from = item % blocks_ * block_, count = std::min(block_, count_ - from);
+      std::optional<AmxAttention>& piece = pieces_[item];
+      if (!piece) piece.emplace(call_, factors_, pair, first_ + from, count);
+      const AmxTiles unit;
+      for (int64_t i = 0; i < tiles; i++) {
+        const uint64_t* own = seen(pair, i) + from;
+        if (any(own, count)) factors_.terms == 1 ? piece->attend<1>(i, own) : piece->attend<2>(i, own);
+      }
+    });
+  }
+
+  void write() {
+    parallel_for(call_.threads, pieces_.size(), [&](int64_t item) { pieces_[item]->write(); });
+  }
+
+ private:
+  // Which keys the queries of a block see. A query's mask lies side by side, so all tiles are looked at for one after the other.
+  void look(int64_t b, int64_t block, int64_t first, int64_t tiles) {
+    for (int64_t q = block; q < std::min(block + block_, count_); q++)
+      for (int64_t i = 0; i < tiles; i++)
+        seen_[(b * kAmxTiles + i) * count_ + q] = keys_seen(b, first_ + q, (first + i) * kTile, tokens_of(first + i));
+  }
+
+  // Which of `count` keys from `first` on a query sees, a bit each.
+  uint64_t keys_seen(int64_t b, int64_t query, int64_t first, int64_t count) const {
+    const uint64_t there = count == kTile ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
+    if (!call_.mask) return there;
+    const uint8_t* mask = call_.mask + b * call_.mask_batch_stride + query * call_.mask_query_stride + first * call_.mask_token_stride;
+    if (call_.mask_token_stride == 1 && count == kTile) {
+      const __m512i bytes = _mm512_loadu_si512(mask);
+      return _mm512_test_epi8_mask(bytes, bytes);
+    }
+    uint64_t seen = 0;
+    for (int64_t t = 0; t < count; t++) seen |= static_cast<uint64_t>(mask[t * call_.mask_token_stride] != 0) << t;
+    return seen;
+  }
+
+  const uint64_t* seen(int64_t pair, int64_t tile) const { return &seen_[(pair / call_.kv_heads * kAmxTiles + tile) * count_]; }
+  static bool any(const uint64_t* seen, int64_t count) {
+    return std::any_of(seen, seen + count, [](uint64_t keys) { return keys != 0; });
+  }
+  int64_t tokens_of(int64_t tile) const { return std::min(kTile, call_.tokens - tile * kTile); }
+
+  const AttendCall& call_;
+  AmxFactors& factors_;
+  const int64_t first_, count_, block_, blocks_;  // block_: queries of a piece
+  std::vector<std::optional<AmxAttention>> pieces_;
+  std::vector<uint64_t> seen_;  // [batch][kAmxTiles][count]: which keys of a tile a query sees, a bit each
+};
+
+inline bool amx_serves(const AttendCall& call) {
+  return !call.center && call.queries > 1 && call.shared * call.queries >= 32 && call.shared <= kAmxRows && call.tokens > 0 &&
+         call.key.dim % 32 == 0 && call.value.dim % 16 == 0;
+}
+
+inline void attend_amx(const AttendCall& call) {
+  const int64_t all = (call.tokens + kTile - 1) / kTile;
+  AmxFactors factors(call, std::min(kAmxTiles, all));
+  for (int64_t first = 0; first < call.queries; first += kAmxQueries) {
+    AmxRound round(call, factors, first, std::min(kAmxQueries, call.queries - first));
+    for (int64_t tile = 0; tile < all; tile += kAmxTiles) round.attend(tile, std::min(kAmxTiles, all - tile));
+    round.write();
+  }
+}
 
 }  // namespace kvfold
 

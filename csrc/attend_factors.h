@@ -38,12 +38,13 @@ class AmxFactors {
   void make(int64_t pair, int64_t tile, int64_t first, int64_t count) {
     static thread_local Aligned<float> decoded;
     decoded.resize(kTile * std::max(call_.key.dim, call_.value.dim));
-    float* const scale = const_cast<float*>(scales(pair, tile));
+    const int64_t place = pair * tiles_ + tile;
+    float* const scale = &scales_[place * 2 * kTile];
     read(call_.key, key_order, pair, first, count, decoded.data(), scale);
     if (call_.positions) rotate_tile(call_, pair / call_.kv_heads, first, count, call_.key.dim, decoded.data());
-    put_keys(decoded.data(), const_cast<uint16_t*>(keys(pair, tile)));
+    put_keys(decoded.data(), &keys_[place * key_size()]);
     read(call_.value, value_order, pair, first, count, decoded.data(), scale + kTile);
-    put_values(decoded.data(), const_cast<uint16_t*>(values(pair, tile)));
+    put_values(decoded.data(), &values_[place * value_size()]);
   }
 
  private:

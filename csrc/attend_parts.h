@@ -10,6 +10,7 @@
 
 #include "kernels.h"
 #include "lanes.h"
+#include "lanes_avx512.h"
 #include "pool.h"
 
 namespace kvfold {
@@ -66,25 +67,6 @@ inline const uint8_t* code_row(const Side& side, int64_t b, int64_t g, int64_t t
   return side.packed + b * side.batch_stride + g * side.head_stride + t * side.token_stride;
 }
 
-#if defined(__AVX512F__)
-constexpr int64_t kGathered = 1 << 20;  // bytes that numbers may be apart
-
-// The 4 bytes at each of 16 places `apart` bytes from one another.
-inline __m512i gather_words(const void* from, int64_t apart) {
-  const __m512i places = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-                                            _mm512_set1_epi32(static_cast<int>(apart)));
-  return _mm512_i32gather_epi32(places, from, 1);
-}
-
-// 16 numbers, `apart` bytes, 4 or more, one from the other: an element at a time they pass through one port, twice.
-inline void gather_some(const void* from, int64_t apart, uint8_t* to) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(gather_words(from, apart)));
-}
-inline void gather_some(const void* from, int64_t apart, uint16_t* to) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(gather_words(from, apart)));
-}
-#endif
-
 // `count` scales, `stride` apart: float16 numbers, or the upper bits of such.
 template <class Number>
 inline void read_scales(const Number* from, int64_t stride, int64_t count, float* to) {
@@ -100,7 +82,7 @@ inline void read_scales(const Number* from, int64_t stride, int64_t count, float
       std::memcpy(some, from, sizeof some);
 #if defined(__AVX512F__)
     else if (apart >= 4 && apart <= kGathered && t + lanes < count)  // reads to within the next one: there is one
-      gather_some(from, apart, some);
+      gather_16(from, apart, some);
 #endif
     else
       for (int i = 0; i < lanes; i++) some[i] = from[i * stride];

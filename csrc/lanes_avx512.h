@@ -133,6 +133,23 @@ inline void interleave(__m512i low, __m512i high, uint64_t* to) {
   _mm512_storeu_si512(to + 8, _mm512_permutex2var_epi32(low, second, high));
 }
 
+constexpr int64_t kGathered = 1 << 20;  // bytes that numbers may be apart
+
+// The 4 bytes at each of 16 places `apart` bytes from one another.
+inline __m512i words_of_16(const void* from, int64_t apart) {
+  const __m512i places = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                                            _mm512_set1_epi32(static_cast<int>(apart)));
+  return _mm512_i32gather_epi32(places, from, 1);
+}
+
+// 16 numbers, `apart` bytes, 4 or more, one from the other: an element at a time they pass through one port, twice.
+inline void gather_16(const void* from, int64_t apart, uint8_t* to) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(words_of_16(from, apart)));
+}
+inline void gather_16(const void* from, int64_t apart, uint16_t* to) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(words_of_16(from, apart)));
+}
+
 inline __m128i quarter(__m512i x, int64_t k) {
   switch (k) {
     case 0: return _mm512_castsi512_si128(x);

@@ -18,19 +18,8 @@ NEEDS_NATIVE = pytest.mark.skipif(not native.available_isas(), reason=native.MIS
 
 def test_bench_generate_measures_both_caches(run: Callable[..., Ran], world: World, tmp_path: Path) -> None:
     given = ["bench", "generate", world.model, "--codec", world.codec, "--contexts", "90", "--new-tokens", "6"]
-    given += [
-        "--repeats",
-        "1",
-        "--text",
-        world.text,
-        "--threads",
-        "1",
-        "--set",
-        "beam=3",
-        "--json",
-        str(tmp_path / "told.json"),
-    ]
-    assert "90 tokens: encoding takes" in run(*given).out
+    given += ["--repeats", "1", "--text", world.text, "--threads", "1", "--set", "beam=3"]
+    assert "90 tokens: encoding takes" in run(*given, "--json", str(tmp_path / "told.json")).out
     ours, plain = json.loads((tmp_path / "told.json").read_text())
     assert [(r["context"], r["cache"], r["dtype"]) for r in (ours, plain)] == [
         (90, "kvfold", "float32"),
@@ -51,7 +40,7 @@ def test_bench_generate_measures_both_caches(run: Callable[..., Ran], world: Wor
         assert result["peak_rss_bytes"] >= result["loaded_rss_bytes"] > 1 << 20
 
 
-def test_bench_generate_takes_another_beam_and_nothing_else(run: Callable[..., Ran], world: World) -> None:
+def test_bench_generate_refuses_settings_but_the_beam(run: Callable[..., Ran], world: World) -> None:
     refused(run("bench", "generate", world.model, "--codec", world.codec, "--set", "stages=3"), "only beam")
 
 
