@@ -16,7 +16,7 @@ from kvfold.ops.rope import rotate
 
 
 def _of(op: str, backend: str | None, tensor: Tensor) -> Callable:
-    """The function of `op` for that tensor. `device.type` is read only if need be: 10 us on cold caches (docs/performance.md)."""
+    """The function of `op` for that tensor; `device.type` is read only if need be, which takes 10 us on cold caches."""
     return select(op, backend, "cpu" if tensor.is_cpu else tensor.device.type)
 
 
