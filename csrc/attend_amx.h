@@ -141,7 +141,8 @@ class AmxAttention {
       const __m512 reference = _mm512_set1_ps(top);
       for (int k = 0; k < 4; k++) {
         const __mmask16 some = static_cast<__mmask16>(seen[r] >> (16 * k));
-        const __m512 weight = _mm512_maskz_mov_ps(some, (__m512)exp_of((vf)_mm512_sub_ps(x[k], reference)));
+        const __m512 below = _mm512_sub_ps(x[k], reference);
+        const __m512 weight = _mm512_maskz_mov_ps(some, kTerms == 1 ? exp_near(below) : (__m512)exp_of((vf)below));
         more = _mm512_add_ps(more, weight);
         __m512 scaled = _mm512_maskz_mul_ps(some, weight, _mm512_load_ps(value_scales + 16 * k));
         for (int64_t term = 0; term < kTerms; term++) {
@@ -204,10 +205,16 @@ class AmxRound {
         block_(std::max<int64_t>(1, kAmxRows / call.shared)),
         blocks_((count + block_ - 1) / block_),
         pieces_(call.batch * call.kv_heads * blocks_),
-        seen_(call.batch * kAmxTiles * count) {}
+        seen_(call.batch * kAmxTiles * count) {
+    parallel_for(call.threads, pieces_.size(), [&](int64_t item) {
+      const int64_t from = item % blocks_ * block_;
+      pieces_[item].emplace(call, factors, item / blocks_, first + from, std::min(block_, count - from));
+    });
+  }
 
   // Go through `tiles` tiles of keys from the one `first` on.
   void attend(int64_t first, int64_t tiles) {
+    if (call_.spans && !reach(first * kTile, (first + tiles) * kTile)) return;
     const int64_t pairs = call_.batch * call_.kv_heads;
     parallel_for(call_.threads, call_.batch * blocks_, [&](int64_t item) { look(item / blocks_, item % blocks_ * block_, first, tiles); });
     parallel_for(call_.threads, pairs * tiles, [&](int64_t item) {
@@ -216,12 +223,11 @@ class AmxRound {
     });
     parallel_for(call_.threads, pairs * blocks_, [&](int64_t item) {
       const int64_t pair = item / blocks_, from = item % blocks_ * block_, count = std::min(block_, count_ - from);
-      std::optional<AmxAttention>& piece = pieces_[item];
-      if (!piece) piece.emplace(call_, factors_, pair, first_ + from, count);
+      AmxAttention& piece = *pieces_[item];
       const AmxTiles unit;
       for (int64_t i = 0; i < tiles; i++) {
         const uint64_t* own = seen(pair, i) + from;
-        if (any(own, count)) factors_.terms == 1 ? piece->attend<1>(i, own) : piece->attend<2>(i, own);
+        if (any(own, count)) factors_.terms == 1 ? piece.attend<1>(i, own) : piece.attend<2>(i, own);
       }
     });
   }
@@ -231,25 +237,19 @@ class AmxRound {
   }
 
  private:
+  // Whether a query's spans reach any of the keys `first` to `last - 1`.
+  bool reach(int64_t first, int64_t last) const {
+    const int32_t* span = call_.spans + first_ * call_.span_count * 2;
+    for (int64_t i = 0; i < count_ * call_.span_count; i++, span += 2)
+      if (std::max<int64_t>(span[0], first) < std::min<int64_t>(span[1], last)) return true;
+    return false;
+  }
+
   // Which keys the queries of a block see. A query's mask lies side by side, so all tiles are looked at for one after the other.
   void look(int64_t b, int64_t block, int64_t first, int64_t tiles) {
     for (int64_t q = block; q < std::min(block + block_, count_); q++)
       for (int64_t i = 0; i < tiles; i++)
-        seen_[(b * kAmxTiles + i) * count_ + q] = keys_seen(b, first_ + q, (first + i) * kTile, tokens_of(first + i));
-  }
-
-  // Which of `count` keys from `first` on a query sees, a bit each.
-  uint64_t keys_seen(int64_t b, int64_t query, int64_t first, int64_t count) const {
-    const uint64_t there = count == kTile ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
-    if (!call_.mask) return there;
-    const uint8_t* mask = call_.mask + b * call_.mask_batch_stride + query * call_.mask_query_stride + first * call_.mask_token_stride;
-    if (call_.mask_token_stride == 1 && count == kTile) {
-      const __m512i bytes = _mm512_loadu_si512(mask);
-      return _mm512_test_epi8_mask(bytes, bytes);
-    }
-    uint64_t seen = 0;
-    for (int64_t t = 0; t < count; t++) seen |= static_cast<uint64_t>(mask[t * call_.mask_token_stride] != 0) << t;
-    return seen;
+        seen_[(b * kAmxTiles + i) * count_ + q] = keys_seen(call_, b, first_ + q, (first + i) * kTile, tokens_of(first + i));
   }
 
   const uint64_t* seen(int64_t pair, int64_t tile) const { return &seen_[(pair / call_.kv_heads * kAmxTiles + tile) * count_]; }

@@ -59,8 +59,7 @@ class AmxFactors {
       decode_tile(side, order, b, g, first, count, codes, decoded);
       read_scales(side, b, g, first, count, scales);
     } else {
-      const float* from = side.dense + b * side.batch_stride + g * side.head_stride;
-      for (int64_t t = 0; t < count; t++) std::copy_n(from + (first + t) * side.token_stride, dim, decoded + t * dim);
+      read_dense(side, b, g, first, count, decoded);
       std::fill_n(scales, count, 1.0f);
     }
     std::fill_n(decoded + count * dim, (kTile - count) * dim, 0.0f);

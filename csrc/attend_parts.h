@@ -63,6 +63,22 @@ inline void unpack(const Side& side, const uint8_t* row, int64_t count, uint16_t
   }
 }
 
+// Exact vectors of tokens first..first+count-1, `[count][D]`.
+inline void read_dense(const Side& side, int64_t b, int64_t g, int64_t first, int64_t count, float* to) {
+  int64_t at = b * side.batch_stride + g * side.head_stride + first * side.token_stride;
+  for (int64_t t = 0; t < count; t++, at += side.token_stride, to += side.dim) {
+    if (side.half) {
+      const uint16_t* from = static_cast<const uint16_t*>(side.dense) + at;
+      for (int64_t i = 0; i < side.dim; i++) {
+        const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
+        std::memcpy(to + i, &bits, sizeof bits);
+      }
+    } else {
+      std::copy_n(static_cast<const float*>(side.dense) + at, side.dim, to);
+    }
+  }
+}
+
 inline const uint8_t* code_row(const Side& side, int64_t b, int64_t g, int64_t t) {
   return side.packed + b * side.batch_stride + g * side.head_stride + t * side.token_stride;
 }

@@ -15,6 +15,7 @@
 #include "attend_mix.h"
 #include "attend_rotated.h"
 #include "attend_rows.h"
+#include "attend_seen.h"
 #include "attend_tables.h"
 #include "attend_tiles.h"
 
@@ -45,13 +46,12 @@ struct Step : Rows<kWidth> {
 
   static void hide(const AttendCall& call, int64_t b, int64_t first_row, int64_t rows, int64_t first, int64_t count,
                    float* scores) {
-    for (int64_t r = 0; r < rows; r++) {
-      const int64_t q = (first_row + r) % call.queries;
-      const uint8_t* mask =
-          call.mask + b * call.mask_batch_stride + q * call.mask_query_stride + first * call.mask_token_stride;
-      for (int64_t t = 0; t < count; t++)
-        if (!mask[t * call.mask_token_stride]) scores[t * kWidth + r] = kMinusInfinity;
-    }
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t t = 0; t < count; t += kSeen) {
+        const int64_t some = std::min(kSeen, count - t);
+        uint64_t hidden = run_of_bits(0, some) & ~keys_seen(call, b, (first_row + r) % call.queries, first + t, some);
+        for (; hidden; hidden &= hidden - 1) scores[(t + __builtin_ctzll(hidden)) * kWidth + r] = kMinusInfinity;
+      }
   }
 
   // A lane vector holds several keys, or a part of one: `kTurns` of them make a whole pattern of rows.
@@ -217,7 +217,7 @@ struct Step : Rows<kWidth> {
           tables->look_up(pair * sets + set, rows, code_row(call.key, b, g, first), count, scores.data(), next);
         }
         if (center) center->add(first, count, scores.data(), scales.data());
-        if (call.mask) hide(call, b, first_row, rows, first, count, scores.data());
+        if (!sees_all(call)) hide(call, b, first_row, rows, first, count, scores.data());
         const Wide best = scale_scores(scores.data(), scales.data(), count, call.softcap);
         for (int64_t r = 0; r < rows; r++) {
           if (best[r] == kMinusInfinity) continue;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attend_parts.h"
+#include "attend_seen.h"
 
 namespace kvfold {
 
@@ -178,15 +179,8 @@ inline void add_values(const float* weights, int64_t rows, const float* values, 
 
 // Whether any of queries first..first+count-1 sees a key of the tile.
 inline bool visible(const AttendCall& call, int64_t b, int64_t first, int64_t count, int64_t key, int64_t keys) {
-  for (int64_t q = first; q < first + count; q++) {
-    const uint8_t* mask = call.mask + b * call.mask_batch_stride + q * call.mask_query_stride + key * call.mask_token_stride;
-    uint8_t any = 0;  // of all keys: a loop without a way out can go by whole vectors
-    if (call.mask_token_stride == 1)
-      for (int64_t t = 0; t < keys; t++) any |= mask[t];
-    else
-      for (int64_t t = 0; t < keys; t++) any |= mask[t * call.mask_token_stride];
-    if (any) return true;
-  }
+  for (int64_t q = first; q < first + count; q++)
+    if (keys_seen(call, b, q, key, keys)) return true;
   return false;
 }
 
@@ -226,13 +220,12 @@ inline void attend_tiles(const AttendCall& call) {
     const int64_t last = std::min((part + 1) * chunk, call.tokens);
     for (int64_t first = part * chunk; first < last; first += kTile) {
       const int64_t count = std::min(kTile, last - first);
-      if (call.mask && !visible(call, b, first_query, count_queries, first, count)) continue;
+      if (!sees_all(call) && !visible(call, b, first_query, count_queries, first, count)) continue;
       if (call.key.books) {
         decode_tile(call.key, key_order, b, g, first, count, codes, keys.data());
         read_scales(call.key, b, g, first, count, scales.data());
       } else {
-        const float* from = call.key.dense + b * call.key.batch_stride + g * call.key.head_stride;
-        for (int64_t t = 0; t < count; t++) std::copy_n(from + (first + t) * call.key.token_stride, dim, keys.data() + t * dim);
+        read_dense(call.key, b, g, first, count, keys.data());
         std::fill(scales.begin(), scales.end(), 1.0f);
       }
       if (call.center)
@@ -252,12 +245,10 @@ inline void attend_tiles(const AttendCall& call) {
           if (call.softcap != 0) score = capped(score, call.softcap);
           store(at, score);
         }
-      if (call.mask)
+      if (!sees_all(call))
         for (int64_t r = 0; r < rows; r++) {
-          const uint8_t* mask = call.mask + b * call.mask_batch_stride + (first_query + r % count_queries) * call.mask_query_stride +
-                                first * call.mask_token_stride;
-          for (int64_t t = 0; t < count; t++)
-            if (!mask[t * call.mask_token_stride]) scores[t * padded + r] = kMinusInfinity;
+          uint64_t hidden = run_of_bits(0, count) & ~keys_seen(call, b, first_query + r % count_queries, first, count);
+          for (; hidden; hidden &= hidden - 1) scores[__builtin_ctzll(hidden) * padded + r] = kMinusInfinity;
         }
       for (int64_t t = 0; t < count; t++)
         for (int64_t r = 0; r < padded; r += lanes) store(best.data() + r, larger(load(best.data() + r), load(&scores[t * padded + r])));
@@ -282,9 +273,7 @@ inline void attend_tiles(const AttendCall& call) {
       if (call.value.books) {
         decode_tile(call.value, value_order, b, g, first, count, codes, values.data());
       } else {
-        const float* from = call.value.dense + b * call.value.batch_stride + g * call.value.head_stride;
-        for (int64_t t = 0; t < count; t++)
-          std::copy_n(from + (first + t) * call.value.token_stride, value_dim, values.data() + t * value_dim);
+        read_dense(call.value, b, g, first, count, values.data());
       }
       int64_t r = 0;
       for (; r + 4 <= rows; r += 4)

@@ -100,13 +100,15 @@ struct DecodeCall {
 };
 
 // One side of attention. Codes: `packed` rows of `bits`-bit codes with strides in bytes; `scale` with strides in elements, float16
-// or, if `short_scale`, the bits 7 to 14 of one in a byte. Dense: `dense` float32 with strides in elements; then `books` is null.
+// or, if `short_scale`, the bits 7 to 14 of one in a byte. Dense: `dense` float32, or bfloat16 if
+// `half`, with strides in elements; then `books` is null.
 struct Side {
   const Books* books = nullptr;
   const uint8_t* packed = nullptr;
   const void* scale = nullptr;
   bool short_scale = false;
-  const float* dense = nullptr;
+  const void* dense = nullptr;
+  bool half = false;
   int bits = 0;
   int64_t batch_stride = 0, head_stride = 0, token_stride = 0;
   int64_t scale_batch_stride = 0, scale_head_stride = 0, scale_token_stride = 0;
@@ -127,8 +129,10 @@ struct AttendCall {
   int64_t rotary = 0;
   float factor = 1;
   bool interleaved = false;
-  const uint8_t* mask = nullptr;  // [batch or 1, queries, tokens], 0 hides; null: all is seen
+  const uint8_t* mask = nullptr;  // [batch or 1, queries, tokens], 0 hides
   int64_t mask_batch_stride = 0, mask_query_stride = 0, mask_token_stride = 1;
+  const int32_t* spans = nullptr;  // in place of a mask: [queries][span_count] runs of keys that are seen, first and behind the last
+  int64_t span_count = 0;
   bool half = false;  // queries came in bfloat16: products of that precision will do
   float softmax_scale = 1;
   float softcap = 0;  // 0: none

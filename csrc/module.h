@@ -33,8 +33,8 @@ void require_shape(const A& array, std::initializer_list<int64_t> shape, const c
   if (!same) throw std::invalid_argument(std::string("shape of ") + what);
 }
 
-template <class T>
-void require_dense(const Array<T>& array, const char* what) {
+template <class A>
+void require_dense(const A& array, const char* what) {
   if (array.size() == 0) return;
   int64_t stride = 1;
   for (size_t axis = array.ndim(); axis-- > 0; stride *= static_cast<int64_t>(array.shape(axis)))

@@ -29,18 +29,22 @@ Side coded_side(const Array<const uint8_t>& packed, const Scale& scale, int bits
   return side;
 }
 
-Side dense_side(const Array<const float>& vectors, int64_t batch, int64_t heads, int64_t tokens) {
+using Dense = nb::ndarray<nb::ro, nb::device::cpu>;  // float32 or bfloat16
+
+Side dense_side(const Dense& vectors, int64_t batch, int64_t heads, int64_t tokens) {
   require(vectors.ndim() == 4, "keys and values [B, G, T, D]");
   require_shape(vectors, {batch, heads, tokens, static_cast<int64_t>(vectors.shape(3))}, "keys and values, not [B, G, T, D]");
   require(vectors.shape(3) <= 1 || vectors.stride(3) == 1, "keys or values have gaps within a token");
   Side side;
+  side.half = is_bfloat16(vectors.dtype());
+  require(side.half || vectors.dtype() == nb::dtype<float>(), "keys and values of float32 or bfloat16");
   side.dense = vectors.data();
   side.batch_stride = vectors.stride(0), side.head_stride = vectors.stride(1), side.token_stride = vectors.stride(2);
   side.dim = vectors.shape(3);
   return side;
 }
 
-using Mask = std::optional<Array<const uint8_t>>;
+using Mask = std::optional<nb::ndarray<nb::ro, nb::device::cpu>>;  // uint8, a mask, or int32, the bounds of spans
 
 // The queries of `call`, which knows the keys, and its mask.
 void place_query(AttendCall& call, const Array<const float>& query, const Mask& mask) {
@@ -52,12 +56,18 @@ void place_query(AttendCall& call, const Array<const float>& query, const Mask& 
   call.query = query.data();
   call.shared = heads / call.kv_heads;
   call.queries = queries;
-  if (mask) {
-    require(mask->ndim() == 4, "mask [B or 1, 1, Q, T]");
+  if (mask && mask->dtype() == nb::dtype<int32_t>()) {
+    require(mask->ndim() == 3, "bounds of spans [Q, n, 2]");
+    require_shape(*mask, {queries, static_cast<int64_t>(mask->shape(1)), 2}, "bounds of spans, not [Q, n, 2]");
+    require_dense(*mask, "bounds of spans");
+    call.spans = static_cast<const int32_t*>(mask->data());
+    call.span_count = mask->shape(1);
+  } else if (mask) {
+    require(mask->dtype() == nb::dtype<uint8_t>() && mask->ndim() == 4, "mask [B or 1, 1, Q, T]");
     const int64_t rows = mask->shape(0);
     require(rows == 1 || rows == batch, "mask, not [B or 1, 1, Q, T]");
     require_shape(*mask, {rows, 1, queries, call.tokens}, "mask, not [B or 1, 1, Q, T]");
-    call.mask = mask->data();
+    call.mask = static_cast<const uint8_t*>(mask->data());
     call.mask_batch_stride = rows == 1 ? 0 : mask->stride(0);
     call.mask_query_stride = mask->stride(2);
     call.mask_token_stride = mask->stride(3);
@@ -76,7 +86,7 @@ void place_results(AttendCall& call, const Array<float>& out, const Array<float>
 }
 
 // Exact keys and values, and how they are attended.
-AttendCall exact_call(const Array<const float>& keys, const Array<const float>& values, bool half, float softmax_scale, float softcap,
+AttendCall exact_call(const Dense& keys, const Dense& values, bool half, float softmax_scale, float softcap,
                       int threads) {
   require(keys.ndim() == 4, "keys [B, G, T, D]");
   AttendCall call{};
@@ -117,7 +127,7 @@ void attend_codes(const Array<const float>& query, const Array<const uint8_t>& k
                   const Array<const uint8_t>& value_packed, const Scale& value_scale, int value_bits,
                   const Books& value_books, const std::optional<Array<const float>>& key_center,
                   const std::optional<Array<const int32_t>>& positions, const std::optional<Array<const float>>& inv_freq, float factor, bool interleaved, const Mask& mask,
-                  const std::optional<Array<const float>>& exact_keys, const std::optional<Array<const float>>& exact_values,
+                  const std::optional<Dense>& exact_keys, const std::optional<Dense>& exact_values,
                   const Mask& exact_mask, bool half, float softmax_scale, float softcap, float skip, int threads,
                   const Array<float>& out, const Array<float>& lse) {
   require(key_packed.ndim() == 4, "packed codes [B, G, T, bytes]");
@@ -205,7 +215,7 @@ void attend_codes_in_pages(const Array<const float>& query, const Array<const in
   attend_pages(call);
 }
 
-void attend_exact(const Array<const float>& query, const Array<const float>& keys, const Array<const float>& values,
+void attend_exact(const Array<const float>& query, const Dense& keys, const Dense& values,
                   const Mask& mask, bool half, float softmax_scale, float softcap, int threads, const Array<float>& out,
                   const Array<float>& lse) {
   AttendCall call = exact_call(keys, values, half, softmax_scale, softcap, threads);

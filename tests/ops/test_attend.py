@@ -142,6 +142,40 @@ def test_half_precision_queries_are_attended_in_float32(backend: str, dtype: tor
     check(got, right, 2e-3 if backend == "gpu" else RELATIVE_ERROR)
 
 
+@pytest.mark.parametrize("queries", [1, 5, 70])
+@pytest.mark.parametrize("tokens", [1, 64, 1100])
+def test_spans_are_masks(backend: str, tokens: int, queries: int) -> None:
+    """Also those that are empty, reversed, lie behind the keys or overlap; some queries see nothing."""
+    bounds = torch.randint(-20, 2 * tokens + 40, (queries, 3, 2), dtype=torch.int32)
+    bounds[2::3] = bounds[2::3].flip(-1).sort(-1, descending=True).values
+    bounds[-1] = torch.tensor([0, tokens])
+    spans = ops.Spans(bounds)
+    mask = spans.mask(0, tokens)
+    assert mask.shape == (1, 1, queries, tokens)
+    key_at = torch.arange(tokens)
+    for query_bounds, seen in zip(bounds, mask[0, 0], strict=True):
+        assert torch.equal(seen, torch.stack([(key_at >= a) & (key_at < b) for a, b in query_bounds.tolist()]).any(0))
+    query, key, value = torch.randn(2, 4, queries, 16), scattered(2, 2, tokens), scattered(2, 2, tokens)
+    exact = torch.randn(2, 2, tokens, 16)
+    for run, given in (
+        (ops.attend, (query, key, value, None)),
+        (ops.attend_exact, (query, exact, exact)),
+    ):
+        got, right = (run(*given, seen, 0.25, backend=backend) for seen in (spans, mask))
+        assert all(torch.equal(a, b) for a, b in zip(got, right, strict=True))
+
+
+def test_exact_keys_may_be_of_half_precision(backend: str) -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        query, keys, values = (
+            torch.randn(1, 4, 9, 16),
+            torch.randn(1, 2, 70, 24).to(dtype)[..., :16],
+            torch.randn(1, 2, 70, 16).to(dtype),
+        )
+        got = ops.attend_exact(query, keys, values, None, 0.25, backend=backend)
+        check(got, reference.attention(query, keys.float(), values.float(), None, 0.25))
+
+
 def test_masked_keys_are_never_looked_at(backend: str) -> None:
     query, key, value = torch.randn(1, 2, 5, 16), scattered(1, 2, 90), scattered(1, 2, 90)
     mask = (torch.arange(90) < 40).expand(1, 1, 5, 90)

@@ -115,6 +115,16 @@ def test_ragged_rows_and_sliding_windows_are_masks() -> None:
     check(torch.randn(2, 4, queries, 16), coded(2, tokens, 16), coded(2, tokens, 16), None, mask)
 
 
+def test_masks_in_place_of_spans_are_made_for_some_queries_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_MASKED_QUERIES", 4)
+    query, key, value = torch.randn(2, 4, 10, 16).to(DEVICE), on_device(coded(2, 90, 16)), on_device(coded(2, 90, 16))
+    ends = torch.arange(10, device=DEVICE) * 9
+    spans = ops.Spans.of(torch.zeros_like(ends), ends, ends + 3, ends + 5)
+    got = gpu.attend(query, key, value, None, spans, 0.25)
+    right = gpu.attend(query, key, value, None, spans.mask(0, 90), 0.25)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(got, right, strict=True))
+
+
 @pytest.mark.parametrize("processors", [1, 3, 64])
 def test_splits_of_the_keys_do_not_show(processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "processors", lambda device: processors)

@@ -266,6 +266,25 @@ def test_more_queries_and_keys_than_are_taken_at_a_time(dtype: torch.dtype, mask
     assert float((lse - right_lse)[there].abs().max()) <= 1e-2
 
 
+@pytest.mark.parametrize("queries", [3, 1050])
+def test_spans_are_read_as_their_mask_is(queries: int) -> None:
+    """A prompt's: some coded tokens from the first on, then exact ones up to a query's own behind some that all see."""
+    coded_tokens, exact_tokens = 1030, queries + 40
+    key, value = coded(1, 1, coded_tokens, 32, stages=2, strided=True), coded(1, 1, coded_tokens, 32, stages=2)
+    exact = torch.randn(1, 1, exact_tokens, 32).bfloat16()
+    own, zero = torch.arange(queries), torch.zeros(queries, dtype=torch.int64)
+    seen = ops.Spans.of(zero, own - 60), ops.Spans.of(zero, zero + 4, (own - 60).clamp_min(4), own + 1)
+    masks = seen[0].mask(0, coded_tokens), seen[1].mask(0, exact_tokens)
+    query = torch.randn(1, 3, queries, 32)
+    for dtype in (torch.float32, torch.bfloat16):
+        given = query.to(dtype), key, value, rotation(coded_tokens, 32)
+        got, right = (
+            ops.attend_both(*given, of_coded, ops.Exact(exact, exact, of_exact), 32**-0.5, backend="cpu")
+            for of_coded, of_exact in (seen, masks)
+        )
+        assert all(torch.equal(a, b) for a, b in zip(got, right, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize(("dim", "rope"), [(64, "pre"), (128, "post"), (32, "post")])

@@ -53,6 +53,8 @@ def test_decode_refuses_codes_out_of_range(code: int) -> None:
         {"query": torch.zeros(2, 4, 1, 64)},
         {"mask": torch.ones(1, 1, 1, 299, dtype=torch.bool)},
         {"mask": torch.ones(3, 1, 1, 300, dtype=torch.bool)},
+        {"mask": ops.Spans(torch.zeros(2, 1, 2, dtype=torch.int32))},
+        {"mask": ops.Spans(torch.zeros(1, 2, 3, dtype=torch.int32))},
         {"positions": torch.zeros(1, 299, dtype=torch.int32)},
         {"inv_freq": torch.ones(40)},
         {"scale": torch.ones(1, 2, 299, 1, dtype=torch.float16)},

@@ -232,7 +232,7 @@ def attend(
     keys: tuple[Codec, Codes],
     values: tuple[Codec, Codes],
     rotation: ops.Rotation | None,
-    mask: Tensor | None,
+    mask: ops.Mask | None,
     softmax_scale: float,
     softcap: float | None,
     exact: ops.Exact | None = None,

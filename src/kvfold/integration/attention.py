@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,8 @@ from kvfold.cache.view import CacheView
 from kvfold.codecs.base import attend
 from kvfold.errors import InputError
 
-_QUERIES = 1024
+_QUERIES = 8192
+_MASKED_QUERIES = 1024
 
 
 def codes_attention(
@@ -40,58 +41,82 @@ def codes_attention(
             raise InputError("attention without dropout on codes", f"dropout {dropout}", "call model.eval() first")
         out = _attend_view(query, key, attention_mask, scale, softcap)
     elif softcap is not None:
-        out = ops.attend_exact(query, key, value, _mask(attention_mask, query, key.shape[2], slice(None)), scale, softcap)[0]
+        if attention_mask is None:
+            ends = _ends(key.shape[2], query)
+            mask: ops.Mask = ops.Spans.of(torch.zeros_like(ends), ends)
+        else:
+            mask = _mask(attention_mask, key.shape[2], slice(None))
+        out = ops.attend_exact(query, key, value, mask, scale, softcap)[0]
     else:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scale, **kwargs)
     return out.to(query.dtype).transpose(1, 2).contiguous(), None
 
 
 def _attend_view(query: Tensor, view: CacheView, attention_mask: Tensor | None, scale: float, softcap: float | None) -> Tensor:
-    """Queries in chunks, so that masks `[Q, T]` and their combinations stay small beside the cache."""
+    """Queries in chunks, so that what is made of them, and of masks `[Q, T]`, stays small beside the cache."""
     queries = query.shape[2]
-    parts = []
-    for start in range(0, queries, _QUERIES):
-        rows = slice(start, min(start + _QUERIES, queries))
-        mask = None if queries == 1 and attention_mask is None else _mask(attention_mask, query, view.length, rows)
-        boundaries = None if view.boundaries is None else view.boundaries[rows, None]
-        parts.append(_attend_rows(query[:, :, rows], view, mask, boundaries, scale, softcap))
+    if queries == 1 and attention_mask is None:
+        return _attend(query, view, _Sight([None] * len(view.pieces), None), scale, softcap)
+    parts, chunk = [], _QUERIES if attention_mask is None else _MASKED_QUERIES
+    for start in range(0, queries, chunk):
+        rows = slice(start, min(start + chunk, queries))
+        boundaries = None if view.boundaries is None else view.boundaries[rows]
+        if attention_mask is None:
+            sight = _causal(view, _ends(view.length, query)[rows], boundaries)
+        else:
+            sight = _masked(view, _mask(attention_mask, view.length, rows), boundaries)
+        parts.append(_attend(query[:, :, rows], view, sight, scale, softcap))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
-def _attend_rows(
-    query: Tensor, view: CacheView, mask: Tensor | None, boundaries: Tensor | None, scale: float, softcap: float | None
-) -> Tensor:
-    """`mask` bool `[B or 1, 1, Q, T]`, None for a single query that sees all; `boundaries [Q, 1]` or None: see `CacheView`."""
-    slots = None if boundaries is None else torch.arange(view.length, device=query.device)
-    exact = None
-    if view.keys.shape[2]:
-        exact_mask = None
-        if mask is not None:
-            exact_mask = mask[..., view.exact_start :]
-            if slots is not None and boundaries is not None:
-                exact_mask = exact_mask & (slots[view.exact_start :] >= boundaries)
-            exact_mask = torch.cat((mask[..., : view.sinks], exact_mask), -1)
-        exact = ops.Exact(view.keys, view.values, exact_mask)
-        if not view.pieces:
-            return ops.attend_exact(query, *exact, scale, softcap)[0]
+class _Sight(NamedTuple):
+    """What some queries see of each coded piece, and of the exact tokens."""
+
+    pieces: list[ops.Mask | None]
+    exact: ops.Mask | None
+
+
+def _ends(length: int, query: Tensor) -> Tensor:
+    """First slot behind each query's own, int64 `[Q]`: the queries are the newest of `length` tokens."""
+    return torch.arange(length - query.shape[2], length, device=query.device) + 1
+
+
+def _causal(view: CacheView, ends: Tensor, boundaries: Tensor | None) -> _Sight:
+    """Of queries that see all slots below `ends [Q]`, those below `boundaries [Q]` as codes (None: see `CacheView`)."""
+    zero, shift = torch.zeros_like(ends), view.sinks - view.exact_start
+    starts = zero + view.exact_start if boundaries is None else boundaries
+    exact = ops.Spans.of(zero, ends.clamp_max(view.sinks), starts + shift, ends + shift)
+    if boundaries is None:
+        return _Sight([None] * len(view.pieces), exact)
+    return _Sight([ops.Spans.of(zero, boundaries - piece.start) for piece in view.pieces], exact)
+
+
+def _masked(view: CacheView, mask: Tensor, boundaries: Tensor | None) -> _Sight:
+    """Of queries that see what a bool `mask [B or 1, 1, Q, T]` of all slots says."""
+    tail = mask[..., view.exact_start :]
+    pieces = [mask[..., piece.start : piece.stop] for piece in view.pieces]
+    if boundaries is not None:
+        coded = torch.arange(view.length, device=mask.device) < boundaries[:, None]
+        tail = tail & ~coded[:, view.exact_start :]
+        pieces = [seen & coded[:, piece.start : piece.stop] for seen, piece in zip(pieces, view.pieces, strict=True)]
+    return _Sight(list(pieces), torch.cat((mask[..., : view.sinks], tail), -1))
+
+
+def _attend(query: Tensor, view: CacheView, sight: _Sight, scale: float, softcap: float | None) -> Tensor:
+    exact = ops.Exact(view.keys, view.values, sight.exact) if view.keys.shape[2] else None
+    if not view.pieces:
+        assert exact is not None
+        return ops.attend_exact(query, *exact, scale, softcap)[0]
     parts = []
-    for piece in view.pieces:
-        chosen = slice(piece.start, piece.stop)
-        piece_mask = None if mask is None else mask[..., chosen]
-        if piece_mask is not None and slots is not None and boundaries is not None:
-            piece_mask = piece_mask & (slots[chosen] < boundaries)
+    for piece, mask in zip(view.pieces, sight.pieces, strict=True):
         keys, values = (piece.key_codec, piece.keys), (piece.value_codec, piece.values)
         too = exact if piece is view.pieces[-1] else None  # in one call with the newest coded tokens
-        parts.append(attend(query, keys, values, piece.rotation, piece_mask, scale, softcap, too))
+        parts.append(attend(query, keys, values, piece.rotation, mask, scale, softcap, too))
     return ops.merge(parts)[0]
 
 
-def _mask(attention_mask: Tensor | None, query: Tensor, length: int, rows: slice) -> Tensor:
+def _mask(attention_mask: Tensor, length: int, rows: slice) -> Tensor:
     """A bool mask `[B or 1, 1, Q, T]` of the queries `rows`, True where a query may look."""
-    if attention_mask is None:
-        slots = torch.arange(length, device=query.device)
-        newest = slots[length - query.shape[2] :][rows]
-        return (slots <= newest[:, None])[None, None]
     mask = attention_mask[:, :, rows, :length]
     if mask.dtype == torch.bool:
         return mask

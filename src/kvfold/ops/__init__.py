@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kvfold.ops.attend.naive import Coded, Exact, Rotation, attend_tiles, decode_tile, rotated_center
 from kvfold.ops.attend.pages import alike
+from kvfold.ops.attend.spans import Mask, Spans
 from kvfold.ops.dispatch import available_backends, select
 from kvfold.ops.encode.code import scaled_groups
 from kvfold.ops.encode.pages import Coder, Stored
@@ -63,7 +64,7 @@ def attend(
     key: Coded,
     value: Coded,
     rotation: Rotation | None,
-    mask: Tensor | None,
+    mask: Mask | None,
     softmax_scale: float,
     softcap: float | None = None,
     backend: str | None = None,
@@ -77,7 +78,7 @@ def attend_exact(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    mask: Tensor | None,
+    mask: Mask | None,
     softmax_scale: float,
     softcap: float | None = None,
     backend: str | None = None,
@@ -92,7 +93,7 @@ def attend_both(
     key: Coded,
     value: Coded,
     rotation: Rotation | None,
-    mask: Tensor | None,
+    mask: Mask | None,
     exact: Exact,
     softmax_scale: float,
     softcap: float | None = None,
@@ -130,7 +131,9 @@ __all__ = [
     "Coded",
     "Coder",
     "Exact",
+    "Mask",
     "Rotation",
+    "Spans",
     "Stored",
     "alike",
     "attend",

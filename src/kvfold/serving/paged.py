@@ -128,17 +128,10 @@ class Rows:
         """Rows that ask for several."""
         return [row for row, asked in enumerate(self.queries) if asked > 1 and self.lengths[row]]
 
-    def mask(self, row: int, device: torch.device) -> Tensor:
-        """What the queries of `row` see, bool `[1, 1, Q, T]`."""
-        if row not in self._masks:
-            length, asked = self.lengths[row], self.queries[row]
-            slot = torch.arange(length, device=device)
-            self._masks[row] = (slot <= slot[length - asked :, None])[None, None]
-        return self._masks[row]
-
-    @cached_property
-    def _masks(self) -> dict[int, Tensor]:
-        return {}
+    def spans(self, row: int, device: torch.device) -> ops.Spans:
+        """What the queries of `row` see: all tokens before them, and themselves."""
+        ends = torch.arange(self.lengths[row] - self.queries[row] + 1, self.lengths[row] + 1, device=device)
+        return ops.Spans.of(torch.zeros_like(ends), ends)
 
 
 @dataclass(frozen=True)
@@ -222,8 +215,8 @@ class PagedLayer:
         for row in rows.prompts:
             own = slice(rows.starts[row], rows.starts[row + 1])
             given = query[None, own].transpose(1, 2)  # [1, H, Q, D]
-            mask = rows.mask(row, query.device)
-            mixed = self._gathered(pages, table[row : row + 1], given, [rows.lengths[row]], mask, softmax_scale, softcap)
+            spans = rows.spans(row, query.device)
+            mixed = self._gathered(pages, table[row : row + 1], given, [rows.lengths[row]], spans, softmax_scale, softcap)
             out[own] = mixed[0].transpose(0, 1)
         return out
 
@@ -256,7 +249,7 @@ class PagedLayer:
         table: Tensor,
         query: Tensor,
         lengths: Sequence[int],
-        mask: Tensor,
+        mask: ops.Mask,
         softmax_scale: float,
         softcap: float | None,
     ) -> Tensor:

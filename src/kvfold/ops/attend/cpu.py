@@ -18,6 +18,7 @@ from torch import Tensor
 from kvfold.errors import InputError
 from kvfold.ops import native
 from kvfold.ops.attend.naive import Coded, Exact, Rotation
+from kvfold.ops.attend.spans import Mask, Spans
 
 _NOTHING = (None, None, None)
 SKIP = 1e-4  # `KVFOLD_SKIP` sets another; 0 reads every value
@@ -28,7 +29,7 @@ def attend(
     key: Coded,
     value: Coded,
     rotation: Rotation | None,
-    mask: Tensor | None,
+    mask: Mask | None,
     softmax_scale: float,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -41,7 +42,7 @@ def attend_both(
     key: Coded,
     value: Coded,
     rotation: Rotation | None,
-    mask: Tensor | None,
+    mask: Mask | None,
     exact: Exact | tuple[None, None, None],
     softmax_scale: float,
     softcap: float | None = None,
@@ -51,15 +52,16 @@ def attend_both(
     run: Callable[..., tuple[Tensor, Tensor]] = _attend_codes if native.eager(query) else torch.ops.kvfold.attend_codes
     return run(
         *(query, *_fields(key), *_fields(value)),
-        *(key.center, positions, inv_freq, factor, interleaved, mask, *exact, softmax_scale, softcap or 0.0, _skip()),
+        *(key.center, positions, inv_freq, factor, interleaved, _seen(mask)),
+        *(exact[0], exact[1], _seen(exact[2]), softmax_scale, softcap or 0.0, _skip()),
     )
 
 
 def attend_exact(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, softmax_scale: float, softcap: float | None = None
+    query: Tensor, keys: Tensor, values: Tensor, mask: Mask | None, softmax_scale: float, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """As `naive.attend_exact`."""
-    return torch.ops.kvfold.attend_exact(query, keys, values, mask, softmax_scale, softcap or 0.0)
+    return torch.ops.kvfold.attend_exact(query, keys, values, _seen(mask), softmax_scale, softcap or 0.0)
 
 
 def attend_pages(
@@ -84,6 +86,13 @@ def attend_pages(
 def _fields(coded: Coded) -> tuple:
     """What the op in torch's library is told of a side (`_SIDES`)."""
     return coded.packed, coded.scale, coded.codebooks, coded.book, coded.channels, coded.bits
+
+
+def _seen(mask: Mask | None) -> Tensor | None:
+    """What the op in torch's library is told of a mask: bytes `[B or 1, 1, Q, T]`, or spans' bounds, int32 `[Q, n, 2]`."""
+    if isinstance(mask, Spans):
+        return mask.bounds
+    return None if mask is None else mask.view(torch.uint8)
 
 
 def _skip() -> float:
@@ -140,10 +149,10 @@ def _attend_codes(
         None if inv_freq is None else dense(inv_freq, torch.float32),
         factor,
         interleaved,
-        None if mask is None else array(mask.view(torch.uint8)),
-        None if exact_keys is None else array(exact_keys.float()),
-        None if exact_values is None else array(exact_values.float()),
-        None if exact_mask is None else array(exact_mask.view(torch.uint8)),
+        None if mask is None else array(mask),
+        None if exact_keys is None else array(_exact(exact_keys)),
+        None if exact_values is None else array(_exact(exact_values)),
+        None if exact_mask is None else array(exact_mask),
         query.dtype == torch.bfloat16,
         softmax_scale,
         softcap,
@@ -210,9 +219,9 @@ def _attend_exact(
     out, lse = _results(query, values.shape[-1], native.floats)
     native.module().attend_exact(
         dense(query, torch.float32),
-        array(keys.float()),
-        array(values.float()),
-        None if mask is None else array(mask.view(torch.uint8)),
+        array(_exact(keys)),
+        array(_exact(values)),
+        None if mask is None else array(mask),
         query.dtype == torch.bfloat16,
         softmax_scale,
         softcap,
@@ -226,6 +235,11 @@ def _attend_exact(
 def _side(packed: Tensor, scale: Tensor, codebooks: Tensor, book: Tensor, channels: Tensor, bits: int) -> tuple:
     """What the C++ op is told of a side."""
     return native.array(packed), native.array(scale), bits, native.books(codebooks, book, channels)
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    """Exact keys or values, of a type that the C++ op reads."""
+    return tensor if tensor.dtype in (torch.float32, torch.bfloat16) else tensor.float()
 
 
 def _results(query: Tensor, dim: int, empty: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:

@@ -26,12 +26,14 @@ from torch import Tensor
 from kvfold.ops.attend import gpu_step
 from kvfold.ops.attend.gpu_parts import MOST_SPLITS, mask_strides, scale_of
 from kvfold.ops.attend.naive import Coded, Rotation
+from kvfold.ops.attend.spans import Mask, Spans, mask_of
 from kvfold.ops.interpreter import interpreted
 
 _TABLE_ROWS = 16  # query rows of a KV head at most that score from tables
 _TABLE_SIZE = 1024  # codewords at most, likewise
 _LEAST = 16  # of a dimension of a product on tensor cores
 _PROGRAMS = 4  # a multiprocessor, at least, before keys are split no further
+_MASKED_QUERIES = 1024  # of which a mask is made in place of spans
 
 
 class _Side(NamedTuple):
@@ -249,14 +251,21 @@ def attend(
     key: Coded,
     value: Coded,
     rotation: Rotation | None,
-    mask: Tensor | None,
+    mask: Mask | None,
     softmax_scale: float,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `naive.attend`, except that a code that names no codeword reads the last one."""
     batch, heads, queries, _ = query.shape
+    if isinstance(mask, Spans) and queries > _MASKED_QUERIES:
+        chunks = [slice(start, start + _MASKED_QUERIES) for start in range(0, queries, _MASKED_QUERIES)]
+        seen = [Spans(mask.bounds[rows]) for rows in chunks]
+        given = key, value, rotation
+        done = [attend(query[:, :, rows], *given, own, softmax_scale, softcap) for rows, own in zip(chunks, seen, strict=True)]
+        return torch.cat([out for out, _ in done], 2), torch.cat([lse for _, lse in done], 2)
     kv_heads, tokens = key.packed.shape[1:3]
     rows = heads // kv_heads * queries
+    mask = mask_of(mask, 0, tokens)
     made: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
     if not (tokens and rows):
         out = torch.zeros(batch, heads, queries, value.channels.numel(), **made)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kvfold.ops.attend.spans import Mask, mask_of
 from kvfold.ops.decode.naive import decode
 from kvfold.ops.merge import merge
 from kvfold.ops.rope import rotate
@@ -57,7 +58,7 @@ class Exact(NamedTuple):
 
     keys: Tensor
     values: Tensor
-    mask: Tensor | None
+    mask: Mask | None
 
 
 def rotated_center(center: Tensor, rotation: Rotation) -> Tensor:
@@ -70,7 +71,7 @@ def attend(
     key: Coded,
     value: Coded,
     rotation: Rotation | None,
-    mask: Tensor | None,
+    mask: Mask | None,
     softmax_scale: float,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -81,7 +82,7 @@ def attend(
         key, value: codes of `T` tokens, `G` heads; `H` is a multiple of `G`.
         rotation: for keys coded before RoPE; None if the codes hold rotated keys. If `key` has a center, it alone is rotated,
             and added to what is decoded.
-        mask: bool `[B or 1, 1, Q, T]`, True where a query may look; None means everywhere.
+        mask: bool `[B or 1, 1, Q, T]`, True where a query may look, or spans of keys; None means everywhere.
         softmax_scale: multiplies `q . k`.
         softcap: scores become `softcap * tanh(score / softcap)` (Gemma 2), None for no cap.
 
@@ -100,7 +101,7 @@ def attend(
 
 
 def attend_exact(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, softmax_scale: float, softcap: float | None = None
+    query: Tensor, keys: Tensor, values: Tensor, mask: Mask | None, softmax_scale: float, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """As `attend`, over exact `keys [B, G, T, D]` (rotated) and `values [B, G, T, D]`."""
 
@@ -117,7 +118,7 @@ def attend_both(
     key: Coded,
     value: Coded,
     rotation: Rotation | None,
-    mask: Tensor | None,
+    mask: Mask | None,
     exact: Exact,
     softmax_scale: float,
     softcap: float | None = None,
@@ -140,7 +141,7 @@ def attend_tiles(
     query: Tensor,
     read: Callable[[int, int], tuple[Tensor, Tensor]],
     length: int,
-    mask: Tensor | None,
+    mask: Mask | None,
     softmax_scale: float,
     softcap: float | None = None,
     block: int = 1,
@@ -156,7 +157,7 @@ def attend_tiles(
     tile = max(_KEY_TILE // block, 1) * block
     for start in range(0, length, tile):
         stop = min(start + tile, length)
-        tile_mask = None if mask is None else mask[..., start:stop]
+        tile_mask = mask_of(mask, start, stop)
         spans = _query_spans(queries, tile_mask)
         if not spans:
             continue
