@@ -141,8 +141,7 @@ class AmxAttention {
       const __m512 reference = _mm512_set1_ps(top);
       for (int k = 0; k < 4; k++) {
         const __mmask16 some = static_cast<__mmask16>(seen[r] >> (16 * k));
-        const __m512 below = _mm512_sub_ps(x[k], reference);
-        const __m512 weight = _mm512_maskz_mov_ps(some, kTerms == 1 ? exp_near(below) : (__m512)exp_of((vf)below));
+        const __m512 weight = _mm512_maskz_mov_ps(some, exp_near(_mm512_sub_ps(x[k], reference)));
         more = _mm512_add_ps(more, weight);
         __m512 scaled = _mm512_maskz_mul_ps(some, weight, _mm512_load_ps(value_scales + 16 * k));
         for (int64_t term = 0; term < kTerms; term++) {

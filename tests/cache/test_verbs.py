@@ -88,8 +88,9 @@ def contents(cache: kvfold.CompressedCache) -> list[Tensor]:
             (layer.value_codec, layer.past.segments[0].values, "values"),
         ):
             codes = store.codes()
-            past = codec.decode(codes) if codes is not None else layer.exact[name][:, :, :0]
-            found.append(torch.cat((layer.exact["sink_" + name], past, layer.exact[name]), 2))
+            exact = layer.exact[name]
+            past = codec.decode(codes) if codes is not None else exact[:, :, :0]
+            found.append(torch.cat((exact[:, :, : layer.sinks], past, exact[:, :, layer.sinks :]), 2))
     return found
 
 
@@ -120,7 +121,7 @@ def test_a_block_that_is_cut_is_coded_again_when_it_is_full(removed: int) -> Non
         for layer in cache.coded_layers:
             assert layer.past.tokens % 4 == 0
             assert layer.length == 40 - removed
-            assert layer.exact["sink_keys"].shape[2] + layer.past.tokens + layer.exact["keys"].shape[2] == layer.length
+            assert layer.past.tokens + layer.exact["keys"].shape[2] == layer.length
         continue_with(model, cache, mask, 30)
         assert all(layer.coded == layer._boundary(70 - removed) for layer in cache.coded_layers)
 

@@ -168,10 +168,10 @@ def dense_copy(cache: kvfold.CompressedCache, config) -> DynamicCache:
                 turned.append(rotate(source.rope, part, cache.positions.slots(start, stop), regime))
             keys = torch.cat(turned, 2)
         values = source.value_codec.decode(source.past.segments[0].values.codes())
-        exact = source.exact
-        whole = [torch.cat((exact["sink_keys"], keys, exact["keys"]), 2)]
-        whole.append(torch.cat((exact["sink_values"], values, exact["values"]), 2))
-        target.update(*whole)
+        sinks, exact = source.sinks, (source.exact["keys"], source.exact["values"])
+        target.update(
+            *(torch.cat((e[:, :, :sinks], x, e[:, :, sinks:]), 2) for e, x in zip(exact, (keys, values), strict=True))
+        )
     return dense
 
 

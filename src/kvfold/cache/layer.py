@@ -73,7 +73,7 @@ class CodedLayer(CacheLayerMixin):
         self.is_initialized = False
         self.length = 0
         self.past = CodedPast(self.key_codec, self.value_codec)
-        self.exact: dict[str, Tensor] = {}  # sink_keys, sink_values, keys, values (the tail), each [B, G, T, D]
+        self.exact: dict[str, Tensor] = {}  # keys, values [B, G, E, D]: the sinks, then the tail
         self._tail_start = self.sinks  # slot of the first token of the tail
         self._inv_freq: list[Tensor] = []
         self._undo: tuple[int, int, int, dict[str, Tensor]] | None = None
@@ -85,7 +85,6 @@ class CodedLayer(CacheLayerMixin):
         self.device, self.dtype = key_states.device, key_states.dtype
         for name, tensor in (("keys", key_states), ("values", value_states)):
             self.exact[name] = tensor[:, :, :0]
-            self.exact["sink_" + name] = tensor[:, :, :0]
         rows = self.rope.inv_freq if self.rope else ()
         self._inv_freq = [torch.tensor(row, dtype=torch.float32, device=self.device) for row in rows]
         self.is_initialized = True
@@ -114,12 +113,7 @@ class CodedLayer(CacheLayerMixin):
         self._undo = (old, self.coded, self._tail_start, dict(self.exact))
         self.length = old + queries
         for name, new in (("keys", key_states), ("values", value_states)):
-            to_sinks = max(0, min(self.sinks, self.length) - old)
-            rest = new
-            if to_sinks:
-                self.exact["sink_" + name] = torch.cat((self.exact["sink_" + name], new[:, :, :to_sinks]), 2)
-                rest = new[:, :, to_sinks:]
-            self.exact[name] = torch.cat((self.exact[name], rest), 2)
+            self.exact[name] = torch.cat((self.exact[name], new), 2)
         before = self.coded
         self.encode_until(self._boundary(self.length))
         boundaries = self._boundaries(old, before) if queries > 1 and self.coded > before else None
@@ -153,9 +147,8 @@ class CodedLayer(CacheLayerMixin):
         if not self.is_initialized:
             return
         self.length = max(0, self.length + tokens_to_remove)
-        for name in ("keys", "values"):
-            self.exact["sink_" + name] = self.exact["sink_" + name][:, :, : self.length]
-            self.exact[name] = self.exact[name][:, :, : max(0, self.length - self._tail_start)]
+        kept = self._sinks_held + max(0, self.length - self._tail_start)
+        self.exact = {name: tensor[:, :, :kept] for name, tensor in self.exact.items()}
         coded = max(min(self._boundary(self.length), self.coded), min(self._tail_start, self.length))
         coded -= self._reopen(coded)
         self.past.crop(coded - self.sinks)
@@ -227,6 +220,15 @@ class CodedLayer(CacheLayerMixin):
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
+    @property
+    def _sinks_held(self) -> int:
+        return min(self.sinks, self.length)
+
+    def _without(self, count: int) -> dict[str, Tensor]:
+        """The exact tokens without the first `count` of the tail, copied, so that a pass's large tensors can be let go of."""
+        sinks = self._sinks_held
+        return {name: torch.cat((x[:, :, :sinks], x[:, :, sinks + count :]), 2) for name, x in self.exact.items()}
+
     def _boundary(self, length: int) -> int:
         """First slot behind the coded ones when there are `length` tokens; `sinks` if none is coded."""
         return self.sinks + max(0, length - self.sinks - self.window) // self.unit * self.unit
@@ -247,7 +249,7 @@ class CodedLayer(CacheLayerMixin):
                 codes = store.codes()
                 assert codes is not None
                 decoded = codec.decode(codes.slice(start, start + self._together))[:, :, :cut]
-                self.exact[name] = decoded.to(self.dtype)
+                self.exact[name] = torch.cat((self.exact[name][:, :, : self.sinks], decoded.to(self.dtype)), 2)
             self._tail_start = coded - cut
         return cut
 
@@ -255,7 +257,8 @@ class CodedLayer(CacheLayerMixin):
         start = self.coded
         if boundary <= start:
             return
-        chosen = slice(start - self._tail_start, boundary - self._tail_start)
+        shift = self.sinks - self._tail_start
+        chosen = slice(start + shift, boundary + shift)
         keys = self.exact["keys"][:, :, chosen]
         if self.rope:
             pieces = [
@@ -267,23 +270,17 @@ class CodedLayer(CacheLayerMixin):
         self.past.append(key_codes, self.value_codec.encode(self.exact["values"][:, :, chosen]))
 
     def _trim(self) -> None:
-        """Drop exact copies of coded tokens; the copy lets go of the pass's large tensors."""
+        """Drop exact copies of coded tokens."""
         extra = self.coded - self._tail_start
         if extra > 0:
-            for name in ("keys", "values"):
-                self.exact[name] = self.exact[name][:, :, extra:].clone()
+            self.exact = self._without(extra)
             self._tail_start = self.coded
 
     def _view(self, boundaries: Tensor | None) -> CacheView:
         skip = 0 if boundaries is not None else self.coded - self._tail_start
-        tail = [self.exact["keys"], self.exact["values"]]
-        if skip:
-            tail = [tensor[:, :, skip:] for tensor in tail]
-        keys = torch.cat((self.exact["sink_keys"], tail[0]), 2)
-        values = torch.cat((self.exact["sink_values"], tail[1]), 2)
-        sinks = self.exact["sink_keys"].shape[2]
+        exact = self._without(skip) if skip else self.exact
         start = self._tail_start + skip
-        return CacheView(self._pieces(), keys, values, sinks, start, self.length, boundaries)
+        return CacheView(self._pieces(), exact["keys"], exact["values"], self._sinks_held, start, self.length, boundaries)
 
     def _pieces(self) -> list[CodedPiece]:
         """The past in pieces; in most steps the same as before, for only a full block is coded."""

@@ -23,7 +23,7 @@ from kvfold.codes import Codes
 from kvfold.errors import InputError
 from kvfold.files import replacing_file
 
-_KIND, _VERSION = "kvfold cache", 2
+_KIND, _VERSION = "kvfold cache", 3
 _WHAT = "a cache file made by CompressedCache.save"
 _SLIDING = ("keys", "values")
 

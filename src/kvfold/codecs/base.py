@@ -222,7 +222,7 @@ class Codec(ABC):
 
 def finite(*tensors: Tensor) -> bool:
     """Whether no element is NaN or Inf. Sums tell it sooner, unless they overflow."""
-    if math.isfinite(sum(float(tensor.detach().sum(dtype=torch.float32)) for tensor in tensors)):
+    if math.isfinite(sum(tensor.detach().sum().item() for tensor in tensors)):
         return True
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 

@@ -15,8 +15,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
 from kvfold.cache.cache import BLOCK, SINKS, WINDOW, CompressedCache
 from kvfold.codecs.artifact import CodecSet
@@ -150,6 +148,10 @@ def hooked(model: nn.Module, make: Callable[[], Any]) -> Iterator[None]:
 @contextmanager
 def attention_as(model: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
     """The model's attention is `function`, with bool masks; `name` is registered as long as any model uses it."""
+    # Modules that take seconds to import: whoever has a model has them already.
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
     before = _implementations(model)
     if not _registered[name]:
         AttentionInterface.register(name, function)
