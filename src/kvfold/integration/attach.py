@@ -20,7 +20,7 @@ from kvfold.cache.cache import BLOCK, SINKS, WINDOW, CompressedCache
 from kvfold.codecs.artifact import CodecSet
 from kvfold.compat import CACHE_NAMES, Cache, cache_argument, is_plain_cache
 from kvfold.errors import InputError
-from kvfold.integration.attention import codes_attention
+from kvfold.integration.attention import codes_attention, codes_mask
 from kvfold.integration.spec import decoder_of, model_spec, rotary_module
 
 _registered: Counter[str] = Counter()
@@ -147,15 +147,14 @@ def hooked(model: nn.Module, make: Callable[[], Any]) -> Iterator[None]:
 
 @contextmanager
 def attention_as(model: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """The model's attention is `function`, with bool masks; `name` is registered as long as any model uses it."""
-    # Modules that take seconds to import: whoever has a model has them already.
+    """The model's attention is `function`, with masks as `codes_mask`; `name` is registered as long as any model uses it."""
+    # Of modules that take seconds to import: whoever has a model has them already.
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
 
     before = _implementations(model)
     if not _registered[name]:
         AttentionInterface.register(name, function)
-        AttentionMaskInterface.register(name, sdpa_mask)
+        AttentionMaskInterface.register(name, codes_mask)
     _registered[name] += 1
     try:
         model.set_attn_implementation(name)

@@ -17,6 +17,28 @@ _QUERIES = 8192
 _MASKED_QUERIES = 1024
 
 
+def codes_mask(
+    *,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    **given: Any,
+) -> Tensor | None:
+    """transformers' bool mask `[B, 1, Q, T]`, or None for plain causal attention: behind earlier tokens too, where transformers
+    makes a mask, since PyTorch's causal flag is for queries that begin at the first key."""
+    from transformers.masking_utils import sdpa_mask  # takes seconds to import; whoever has a model has it already
+
+    newest = isinstance(q_offset, int) and q_offset + q_length == kv_length and not given.get("kv_offset")
+    padded = attention_mask is not None and (attention_mask.shape[-1] != kv_length or not bool(attention_mask.all()))
+    if allow_is_causal_skip and newest and local_size is None and not padded:
+        return None
+    given |= {"q_length": q_length, "kv_length": kv_length, "q_offset": q_offset, "attention_mask": attention_mask}
+    return sdpa_mask(**given, local_size=local_size, allow_is_causal_skip=allow_is_causal_skip)
+
+
 def codes_attention(
     module: nn.Module,
     query: Tensor,
@@ -30,7 +52,7 @@ def codes_attention(
 ) -> tuple[Tensor, None]:
     """Attention of `query [B, H, Q, D]`; `key` is a `CacheView`, or a dense tensor from a layer that stays exact.
 
-    `attention_mask` is what `sdpa_mask` makes: bool `[B, 1, Q, T]`, or None for plain causal attention.
+    `attention_mask` is what `codes_mask` makes: bool `[B, 1, Q, T]`, or None for plain causal attention.
 
     Returns:
         `[B, Q, H, D]` in the query's dtype, and None for the weights, which are never whole.
@@ -40,7 +62,7 @@ def codes_attention(
         if dropout:
             raise InputError("attention without dropout on codes", f"dropout {dropout}", "call model.eval() first")
         out = _attend_view(query, key, attention_mask, scale, softcap)
-    elif softcap is not None:
+    elif softcap is not None or (attention_mask is None and 1 < query.shape[2] < key.shape[2]):  # not PyTorch's causal
         if attention_mask is None:
             ends = _ends(key.shape[2], query)
             mask: ops.Mask = ops.Spans.of(torch.zeros_like(ends), ends)
