@@ -158,13 +158,13 @@ def attend_tiles(
     for start in range(0, length, tile):
         stop = min(start + tile, length)
         tile_mask = mask_of(mask, start, stop)
-        spans = _query_spans(queries, tile_mask)
-        if not spans:
+        blocks = _query_blocks(queries, tile_mask)
+        if not blocks:
             continue
         keys, values = (t.float() for t in read(start, stop))
         if out is None:
             out = torch.zeros(batch, heads, queries, values.shape[-1], device=query.device)
-        for first, last in spans:
+        for first, last in blocks:
             part_mask = None if tile_mask is None else tile_mask[:, :, first:last]
             part = _attend_dense(query[:, :, first:last].float(), keys, values, part_mask, softmax_scale, softcap)
             _accumulate(out[:, :, first:last], lse[:, :, first:last], *part)
@@ -173,7 +173,7 @@ def attend_tiles(
     return out, lse
 
 
-def _query_spans(queries: int, mask: Tensor | None) -> list[tuple[int, int]]:
+def _query_blocks(queries: int, mask: Tensor | None) -> list[tuple[int, int]]:
     """Blocks of queries of which at least one sees a key of the tile."""
     blocks = [(q, min(q + _QUERY_TILE, queries)) for q in range(0, queries, _QUERY_TILE)]
     return blocks if mask is None else [(a, b) for a, b in blocks if bool(mask[:, :, a:b].any())]
