@@ -11,6 +11,7 @@ import torch
 from tiny import bytes_at, given, random_ids, tiny_codecs, tiny_model
 
 import kvfold
+from kvfold.cache import saved
 
 SIZES = {"sinks": 2, "window": 5, "block": 3}
 
@@ -143,6 +144,14 @@ def test_damaged_cache_files_are_noticed(damage, tmp_path: Path) -> None:
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(kvfold.InputError, match="save the cache again"):
         kvfold.load_cache(file, tiny_codecs("llama"), tiny_model("llama").config)
+
+
+def test_a_file_of_another_version_says_so(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(saved, "_VERSION", 2)
+        filled(**SIZES).save(tmp_path / "cache")
+    with pytest.raises(kvfold.InputError, match=r"version 2.*save the cache again"):
+        kvfold.load_cache(tmp_path / "cache", tiny_codecs("llama"), tiny_model("llama").config)
 
 
 def test_a_cache_needs_its_own_codecs(tmp_path: Path) -> None:

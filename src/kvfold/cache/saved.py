@@ -113,7 +113,8 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(_WHAT, f"{file}, which is damaged or cut short ({error})", "save the cache again") from None
     if header.get("kind") != _KIND or header.get("version") != _VERSION:
-        raise InputError(_WHAT, f"{file}, of kind {header.get('kind')!r}", "save the cache again with this kvfold")
+        came = f"{file}, of kind {header.get('kind')!r} and version {header.get('version')!r}"
+        raise InputError(_WHAT, came, "save the cache again with this kvfold")
     if header.pop("sha256", None) != _checksum(header, tensors):
         raise InputError(_WHAT, f"{file}, altered since it was written", "save the cache again")
     return header, tensors
