@@ -35,17 +35,6 @@ class AmxTiles {
 inline __m256i to_bfloat16(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 inline __m512 from_bfloat16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 
-// exp(x), relative error below 3e-6: 2^n * p(f), n the integer below x / ln 2 and f the rest.
-inline __m512 exp_near(__m512 x) {
-  const __m512 y = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), f = _mm512_reduce_ps(y, _MM_FROUND_TO_NEG_INF);
-  __m512 p = _mm512_set1_ps(1.353412e-2f);  // least relative error
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.201143e-2f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4144287e-1f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9300378e-1f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0000026f));
-  return _mm512_scalef_ps(p, y);
-}
-
 }  // namespace kvfold
 
 #endif

@@ -19,6 +19,17 @@ constexpr int64_t kAmxTiles = 16;      // tiles of 64 keys that are decoded toge
 constexpr int64_t kAmxRows = 256;      // query rows of a piece of work
 constexpr float kAmxRescale = 8;       // a maximum that rises by less is not followed: weights up to e^8
 
+// exp(x), relative error below 3e-6: 2^n * p(f), n the integer below x / ln 2 and f the rest.
+inline __m512 exp_near(__m512 x) {
+  const __m512 y = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), f = _mm512_reduce_ps(y, _MM_FROUND_TO_NEG_INF);
+  __m512 p = _mm512_set1_ps(1.353412e-2f);  // least relative error
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.201143e-2f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4144287e-1f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9300378e-1f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0000026f));
+  return _mm512_scalef_ps(p, y);
+}
+
 // Some query rows of a KV head.
 class AmxAttention {
  public:
@@ -213,7 +224,7 @@ class AmxRound {
 
   // Go through `tiles` tiles of keys from the one `first` on.
   void attend(int64_t first, int64_t tiles) {
-    if (call_.spans && !reach(first * kTile, (first + tiles) * kTile)) return;
+    if (!any_seen(call_, first_, count_, first * kTile, (first + tiles) * kTile)) return;
     const int64_t pairs = call_.batch * call_.kv_heads;
     parallel_for(call_.threads, call_.batch * blocks_, [&](int64_t item) { look(item / blocks_, item % blocks_ * block_, first, tiles); });
     parallel_for(call_.threads, pairs * tiles, [&](int64_t item) {
@@ -236,14 +247,6 @@ class AmxRound {
   }
 
  private:
-  // Whether a query's spans reach any of the keys `first` to `last - 1`.
-  bool reach(int64_t first, int64_t last) const {
-    const int32_t* span = call_.spans + first_ * call_.span_count * 2;
-    for (int64_t i = 0; i < count_ * call_.span_count; i++, span += 2)
-      if (std::max<int64_t>(span[0], first) < std::min<int64_t>(span[1], last)) return true;
-    return false;
-  }
-
   // Which keys the queries of a block see. A query's mask lies side by side, so all tiles are looked at for one after the other.
   void look(int64_t b, int64_t block, int64_t first, int64_t tiles) {
     for (int64_t q = block; q < std::min(block + block_, count_); q++)

@@ -69,10 +69,7 @@ inline void read_dense(const Side& side, int64_t b, int64_t g, int64_t first, in
   for (int64_t t = 0; t < count; t++, at += side.token_stride, to += side.dim) {
     if (side.half) {
       const uint16_t* from = static_cast<const uint16_t*>(side.dense) + at;
-      for (int64_t i = 0; i < side.dim; i++) {
-        const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
-        std::memcpy(to + i, &bits, sizeof bits);
-      }
+      for (int64_t i = 0; i < side.dim; i++) to[i] = from_bfloat16(from[i]);
     } else {
       std::copy_n(static_cast<const float*>(side.dense) + at, side.dim, to);
     }

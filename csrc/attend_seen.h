@@ -37,4 +37,18 @@ inline uint64_t keys_seen(const AttendCall& call, int64_t b, int64_t query, int6
   return seen;
 }
 
+// The others of them.
+inline uint64_t keys_hidden(const AttendCall& call, int64_t b, int64_t query, int64_t first, int64_t count) {
+  return run_of_bits(0, count) & ~keys_seen(call, b, query, first, count);
+}
+
+// False if spans tell that none of `count` queries sees any of the keys `first` to `last - 1`; masks are not looked at.
+inline bool any_seen(const AttendCall& call, int64_t query, int64_t count, int64_t first, int64_t last) {
+  if (!call.spans) return true;
+  const int32_t* span = call.spans + query * call.span_count * 2;
+  for (int64_t i = 0; i < count * call.span_count; i++, span += 2)
+    if (std::max<int64_t>(span[0], first) < std::min<int64_t>(span[1], last)) return true;
+  return false;
+}
+
 }  // namespace kvfold

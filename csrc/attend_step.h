@@ -48,8 +48,7 @@ struct Step : Rows<kWidth> {
                    float* scores) {
     for (int64_t r = 0; r < rows; r++)
       for (int64_t t = 0; t < count; t += kSeen) {
-        const int64_t some = std::min(kSeen, count - t);
-        uint64_t hidden = run_of_bits(0, some) & ~keys_seen(call, b, (first_row + r) % call.queries, first + t, some);
+        uint64_t hidden = keys_hidden(call, b, (first_row + r) % call.queries, first + t, std::min(kSeen, count - t));
         for (; hidden; hidden &= hidden - 1) scores[(t + __builtin_ctzll(hidden)) * kWidth + r] = kMinusInfinity;
       }
   }

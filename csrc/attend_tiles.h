@@ -247,7 +247,7 @@ inline void attend_tiles(const AttendCall& call) {
         }
       if (!sees_all(call))
         for (int64_t r = 0; r < rows; r++) {
-          uint64_t hidden = run_of_bits(0, count) & ~keys_seen(call, b, first_query + r % count_queries, first, count);
+          uint64_t hidden = keys_hidden(call, b, first_query + r % count_queries, first, count);
           for (; hidden; hidden &= hidden - 1) scores[__builtin_ctzll(hidden) * padded + r] = kMinusInfinity;
         }
       for (int64_t t = 0; t < count; t++)

@@ -100,8 +100,8 @@ struct DecodeCall {
 };
 
 // One side of attention. Codes: `packed` rows of `bits`-bit codes with strides in bytes; `scale` with strides in elements, float16
-// or, if `short_scale`, the bits 7 to 14 of one in a byte. Dense: `dense` float32, or bfloat16 if
-// `half`, with strides in elements; then `books` is null.
+// or, if `short_scale`, the bits 7 to 14 of one in a byte. Dense: `dense` float32, or
+// bfloat16 if `half`, with strides in elements; then `books` is null.
 struct Side {
   const Books* books = nullptr;
   const uint8_t* packed = nullptr;
