@@ -23,3 +23,10 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
                 yield name
         else:
             yield name
+
+
+@pytest.fixture(params=native.available_isas() or ["none"])
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """For tests of the compiled ops alone: each instruction set in turn."""
+    monkeypatch.setenv("KVFOLD_CPU_ISA", request.param)
+    return request.param

@@ -9,13 +9,7 @@ from coded import coded, rotation
 from kvfold import ops
 from kvfold.ops import native
 
-pytestmark = pytest.mark.skipif(not native.available_isas(), reason=native.MISSING)
-
-
-@pytest.fixture(params=native.available_isas() or ["none"], autouse=True)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("KVFOLD_CPU_ISA", request.param)
-    return request.param
+pytestmark = [pytest.mark.skipif(not native.available_isas(), reason=native.MISSING), pytest.mark.usefixtures("isa")]
 
 
 @pytest.mark.parametrize("tokens", [10, 300])

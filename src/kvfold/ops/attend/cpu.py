@@ -49,11 +49,12 @@ def attend_both(
 ) -> tuple[Tensor, Tensor]:
     """As `naive.attend_both`, in one call; ValueError for a code that names no codeword."""
     positions, inv_freq, factor, interleaved = rotation or (None, None, 1.0, False)
+    exact_keys, exact_values, exact_mask = exact
     run: Callable[..., tuple[Tensor, Tensor]] = _attend_codes if native.eager(query) else torch.ops.kvfold.attend_codes
     return run(
         *(query, *_fields(key), *_fields(value)),
         *(key.center, positions, inv_freq, factor, interleaved, _seen(mask)),
-        *(exact[0], exact[1], _seen(exact[2]), softmax_scale, softcap or 0.0, _skip()),
+        *(exact_keys, exact_values, _seen(exact_mask), softmax_scale, softcap or 0.0, _skip()),
     )
 
 

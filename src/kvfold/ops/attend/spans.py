@@ -28,7 +28,7 @@ class Spans(NamedTuple):
         return ((key >= first) & (key < last)).any(1)[None, None]
 
 
-Mask = Tensor | Spans  # bool `[B or 1, 1, Q, T]`, True where a query may look
+Mask = Tensor | Spans  # a tensor is bool `[B or 1, 1, Q, T]`, True where a query may look
 
 
 def mask_of(seen: Mask | None, start: int, stop: int) -> Tensor | None:
