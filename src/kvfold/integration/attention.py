@@ -13,8 +13,8 @@ from kvfold.cache.view import CacheView
 from kvfold.codecs.base import attend
 from kvfold.errors import InputError
 
-_QUERIES = 8192
-_MASKED_QUERIES = 1024
+_QUERIES = 8192  # of a call
+_MASKED_QUERIES = 1024  # of one with a mask
 
 
 def codes_mask(
@@ -29,14 +29,17 @@ def codes_mask(
 ) -> Tensor | None:
     """transformers' bool mask `[B, 1, Q, T]`, or None for plain causal attention: behind earlier tokens too, where transformers
     makes a mask, since PyTorch's causal flag is for queries that begin at the first key."""
+    newest = isinstance(q_offset, int) and q_offset + q_length == kv_length and not given.get("kv_offset")
+    if allow_is_causal_skip and newest and local_size is None and _no_padding(attention_mask, kv_length):
+        return None
     from transformers.masking_utils import sdpa_mask  # takes seconds to import; whoever has a model has it already
 
-    newest = isinstance(q_offset, int) and q_offset + q_length == kv_length and not given.get("kv_offset")
-    padded = attention_mask is not None and (attention_mask.shape[-1] != kv_length or not bool(attention_mask.all()))
-    if allow_is_causal_skip and newest and local_size is None and not padded:
-        return None
     given |= {"q_length": q_length, "kv_length": kv_length, "q_offset": q_offset, "attention_mask": attention_mask}
     return sdpa_mask(**given, local_size=local_size, allow_is_causal_skip=allow_is_causal_skip)
+
+
+def _no_padding(attention_mask: Tensor | None, length: int) -> bool:
+    return attention_mask is None or (attention_mask.shape[-1] == length and bool(attention_mask.all()))
 
 
 def codes_attention(
@@ -78,21 +81,21 @@ def _attend_view(query: Tensor, view: CacheView, attention_mask: Tensor | None, 
     """Queries in chunks, so that what is made of them, and of masks `[Q, T]`, stays small beside the cache."""
     queries = query.shape[2]
     if queries == 1 and attention_mask is None:
-        return _attend(query, view, _Sight([None] * len(view.pieces), None), scale, softcap)
+        return _attend(query, view, _Masks([None] * len(view.pieces), None), scale, softcap)
     parts, chunk = [], _QUERIES if attention_mask is None else _MASKED_QUERIES
     for start in range(0, queries, chunk):
         rows = slice(start, min(start + chunk, queries))
         boundaries = None if view.boundaries is None else view.boundaries[rows]
         if attention_mask is None:
-            sight = _causal(view, _ends(view.length, query)[rows], boundaries)
+            masks = _causal(view, _ends(view.length, query)[rows], boundaries)
         else:
-            sight = _masked(view, _mask(attention_mask, view.length, rows), boundaries)
-        parts.append(_attend(query[:, :, rows], view, sight, scale, softcap))
+            masks = _masked(view, _mask(attention_mask, view.length, rows), boundaries)
+        parts.append(_attend(query[:, :, rows], view, masks, scale, softcap))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
-class _Sight(NamedTuple):
-    """What some queries see of each coded piece, and of the exact tokens."""
+class _Masks(NamedTuple):
+    """Of some queries: of each coded piece, and of the exact tokens; None where they see all."""
 
     pieces: list[ops.Mask | None]
     exact: ops.Mask | None
@@ -103,17 +106,17 @@ def _ends(length: int, query: Tensor) -> Tensor:
     return torch.arange(length - query.shape[2], length, device=query.device) + 1
 
 
-def _causal(view: CacheView, ends: Tensor, boundaries: Tensor | None) -> _Sight:
+def _causal(view: CacheView, ends: Tensor, boundaries: Tensor | None) -> _Masks:
     """Of queries that see all slots below `ends [Q]`, those below `boundaries [Q]` as codes (None: see `CacheView`)."""
     zero, shift = torch.zeros_like(ends), view.sinks - view.exact_start
     starts = zero + view.exact_start if boundaries is None else boundaries
     exact = ops.Spans.of(zero, ends.clamp_max(view.sinks), starts + shift, ends + shift)
     if boundaries is None:
-        return _Sight([None] * len(view.pieces), exact)
-    return _Sight([ops.Spans.of(zero, boundaries - piece.start) for piece in view.pieces], exact)
+        return _Masks([None] * len(view.pieces), exact)
+    return _Masks([ops.Spans.of(zero, boundaries - piece.start) for piece in view.pieces], exact)
 
 
-def _masked(view: CacheView, mask: Tensor, boundaries: Tensor | None) -> _Sight:
+def _masked(view: CacheView, mask: Tensor, boundaries: Tensor | None) -> _Masks:
     """Of queries that see what a bool `mask [B or 1, 1, Q, T]` of all slots says."""
     tail = mask[..., view.exact_start :]
     pieces = [mask[..., piece.start : piece.stop] for piece in view.pieces]
@@ -121,16 +124,16 @@ def _masked(view: CacheView, mask: Tensor, boundaries: Tensor | None) -> _Sight:
         coded = torch.arange(view.length, device=mask.device) < boundaries[:, None]
         tail = tail & ~coded[:, view.exact_start :]
         pieces = [seen & coded[:, piece.start : piece.stop] for seen, piece in zip(pieces, view.pieces, strict=True)]
-    return _Sight(list(pieces), torch.cat((mask[..., : view.sinks], tail), -1))
+    return _Masks(list(pieces), torch.cat((mask[..., : view.sinks], tail), -1))
 
 
-def _attend(query: Tensor, view: CacheView, sight: _Sight, scale: float, softcap: float | None) -> Tensor:
-    exact = ops.Exact(view.keys, view.values, sight.exact) if view.keys.shape[2] else None
+def _attend(query: Tensor, view: CacheView, masks: _Masks, scale: float, softcap: float | None) -> Tensor:
+    exact = ops.Exact(view.keys, view.values, masks.exact) if view.keys.shape[2] else None
     if not view.pieces:
         assert exact is not None
         return ops.attend_exact(query, *exact, scale, softcap)[0]
     parts = []
-    for piece, mask in zip(view.pieces, sight.pieces, strict=True):
+    for piece, mask in zip(view.pieces, masks.pieces, strict=True):
         keys, values = (piece.key_codec, piece.keys), (piece.value_codec, piece.values)
         too = exact if piece is view.pieces[-1] else None  # in one call with the newest coded tokens
         parts.append(attend(query, keys, values, piece.rotation, mask, scale, softcap, too))

@@ -130,8 +130,14 @@ class Rows:
 
     def spans(self, row: int, device: torch.device) -> ops.Spans:
         """What the queries of `row` see: all tokens before them, and themselves."""
-        ends = torch.arange(self.lengths[row] - self.queries[row] + 1, self.lengths[row] + 1, device=device)
-        return ops.Spans.of(torch.zeros_like(ends), ends)
+        if row not in self._spans:
+            ends = torch.arange(self.lengths[row] - self.queries[row] + 1, self.lengths[row] + 1, device=device)
+            self._spans[row] = ops.Spans.of(torch.zeros_like(ends), ends)
+        return self._spans[row]
+
+    @cached_property
+    def _spans(self) -> dict[int, ops.Spans]:
+        return {}
 
 
 @dataclass(frozen=True)
