@@ -6,20 +6,24 @@
 #include <limits>
 #include <numeric>
 #include <stdexcept>
+#include <utility>
+
+#include "lanes.h"
 
 namespace kvfold {
 namespace {
 
 constexpr double kRange = 32700;  // of an integer sum; each term, and each product of a rotation, may be rounded up
 
-// For every head, sqrt(sum over groups of (sum over stages of the longest codeword)^2).
-std::vector<float> longest_vectors(const Books& books, const std::vector<double>& longest_codeword) {
+// For every head, sqrt(sum over groups of (sum over stages of the longest codeword)^2); the longest codewords' squares, rounded up.
+std::vector<float> longest_vectors(const Books& books, const std::vector<float>& longest_square) {
   std::vector<float> result(books.heads);
   for (int64_t g = 0; g < books.heads; g++) {
     double square = 0;
     for (int64_t p = 0; p < books.groups; p++) {
       double sum = 0;
-      for (int64_t s = 0; s < books.stages; s++) sum += longest_codeword[books.book[g * books.codes() + s * books.groups + p]];
+      for (int64_t s = 0; s < books.stages; s++)
+        sum += std::sqrt(static_cast<double>(longest_square[books.book[g * books.codes() + s * books.groups + p]]));
       square += sum * sum;
     }
     result[g] = static_cast<float>(std::sqrt(square));
@@ -27,19 +31,37 @@ std::vector<float> longest_vectors(const Books& books, const std::vector<double>
   return result;
 }
 
-template <class Table>
-std::vector<double> longest_codewords(const Books& books, const Table& table) {
-  std::vector<double> result(books.count, 0.0);
-  for (int64_t m = 0; m < books.count; m++)
-    for (int64_t c = 0; c < books.size; c++) {
-      double square = 0;
-      for (int64_t j = 0; j < books.dim; j++) {
-        const double x = table[(m * books.size + c) * books.dim + j];
-        square += x * x;
-      }
-      result[m] = std::max(result[m], std::sqrt(square));
+// The factor by which a float32 sum of `terms` positive products may be too small, at most.
+float rounded_up(int64_t terms) { return 1 + static_cast<float>(terms + 2) * 1.2e-7f; }
+
+// Rows `[count][dim]` turned: entry j of all rows side by side, `[dim][width]`, row `order[c]` in place c; 0 where there is none (-1).
+// `width` is a multiple of `lanes`.
+void turn(const float* rows, int64_t dim, const int32_t* order, int64_t width, float* out) {
+  const int64_t whole = dim / lanes * lanes;
+  for (int64_t c = 0; c < width; c += lanes) {
+    for (int64_t j = 0; j < whole; j += lanes) {
+      vf square[lanes];
+      for (int i = 0; i < lanes; i++) square[i] = order[c + i] < 0 ? vf{} : load(rows + order[c + i] * dim + j);
+      transpose(square);
+      for (int i = 0; i < lanes; i++) store(out + (j + i) * width + c, square[i]);
     }
-  return result;
+    for (int64_t j = whole; j < dim; j++)
+      for (int i = 0; i < lanes; i++) out[j * width + c + i] = order[c + i] < 0 ? 0.0f : rows[order[c + i] * dim + j];
+  }
+}
+
+// 0, 1, 2, ... count - 1, then -1 up to `width`: what turns rows and keeps their order.
+std::vector<int32_t> in_order(int64_t count, int64_t width) {
+  std::vector<int32_t> order(width, -1);
+  std::iota(order.begin(), order.begin() + count, 0);
+  return order;
+}
+
+// Of rows that are turned, the squared length, summed in the order of the entries.
+void squares(const float* turned, int64_t dim, int64_t width, float* out) {
+  std::fill(out, out + width, 0.0f);
+  for (int64_t j = 0; j < dim; j++)
+    for (int64_t c = 0; c < width; c++) out[c] += turned[j * width + c] * turned[j * width + c];
 }
 
 Books::Integers make_integers(const Books& books) {
@@ -47,27 +69,43 @@ Books::Integers make_integers(const Books& books) {
   const int64_t dim = books.dim, half = dim / 2;
   // Entries j and j + half are a pair that may be rotated: of either, no sum of one codeword a stage exceeds the sum over the
   // stages of the longest pair among the codewords, before the rotation or after it.
-  std::vector<double> reach(half, 0.0), peak(books.count * half, 0.0);
+  std::vector<float> peak(books.count * half, 0.0f);  // squares
   for (int64_t m = 0; m < books.count; m++)
-    for (int64_t c = 0; c < books.size; c++)
+    for (int64_t c = 0; c < books.size; c++) {
+      const float* codeword = books.table(m) + c * dim;
+      float* of = peak.data() + m * half;
       for (int64_t j = 0; j < half; j++) {
-        const float* codeword = books.table(m) + c * dim;
-        peak[m * half + j] = std::max<double>(peak[m * half + j], std::hypot(codeword[j], codeword[j + half]));
+        const float square = codeword[j] * codeword[j] + codeword[j + half] * codeword[j + half];
+        of[j] = square > of[j] ? square : of[j];
       }
+    }
+  std::vector<double> reach(half, 0.0);
   for (int64_t g = 0; g < books.heads; g++)
     for (int64_t p = 0; p < books.groups; p++)
       for (int64_t j = 0; j < half; j++) {
         double sum = 0;
-        for (int64_t s = 0; s < books.stages; s++) sum += peak[books.book[g * books.codes() + s * books.groups + p] * half + j];
+        for (int64_t s = 0; s < books.stages; s++)
+          sum += std::sqrt(static_cast<double>(peak[books.book[g * books.codes() + s * books.groups + p] * half + j]));
         reach[j] = std::max(reach[j], sum);
       }
   made.step.resize(dim);
   for (int64_t j = 0; j < half; j++)
     made.step[j] = made.step[j + half] = static_cast<float>(reach[j] > 0 ? reach[j] / (kRange - 2 * books.stages) : 1.0);
   made.values.resize(books.rows.size());
-  for (size_t i = 0; i < books.rows.size(); i++)
-    made.values[i] = static_cast<int16_t>(std::lrint(books.rows[i] / made.step[i % dim]));
-  made.longest = longest_vectors(books, longest_codewords(books, made.values));
+  for (int64_t c = 0; c < books.count * books.size; c++)
+    for (int64_t j = 0; j < dim; j++)
+      made.values[c * dim + j] = static_cast<int16_t>(std::nearbyint(books.rows[c * dim + j] / made.step[j]));
+  std::vector<float> longest(books.count, 0.0f);
+  for (int64_t m = 0; m < books.count; m++)
+    for (int64_t c = 0; c < books.size; c++) {
+      int64_t square = 0;  // exact
+      for (int64_t j = 0; j < dim; j++) {
+        const int32_t x = made.values[(m * books.size + c) * dim + j];
+        square += x * x;
+      }
+      longest[m] = std::max(longest[m], static_cast<float>(square) * rounded_up(1));
+    }
+  made.longest = longest_vectors(books, longest);
   return made;
 }
 
@@ -76,84 +114,97 @@ Books::Pairs make_pairs(const Books& books) {
   Books::Pairs made;
   made.pairs = (dim + 1) / 2;
   made.values.assign(books.count * made.pairs * padded * 2, 0);
-  double longest = 0;
+  const std::vector<int32_t> order = in_order(books.size, padded);
+  std::vector<float> turned(dim * padded), square(padded);
+  float longest = 0;
   for (int64_t m = 0; m < books.count; m++) {
-    const float* table = books.table(m);
+    turn(books.table(m), dim, order.data(), padded, turned.data());
+    vf most{};
+    for (size_t i = 0; i < turned.size(); i += lanes) most = larger(most, larger(load(&turned[i]), -load(&turned[i])));
     float largest = 0;
-    for (int64_t i = 0; i < books.size * dim; i++) largest = std::max(largest, std::fabs(table[i]));
+    for (int i = 0; i < lanes; i++) largest = std::max(largest, most[i]);
     const float step = largest > 0 ? largest / 32767 : 1.0f;
     made.step.push_back(step);
-    for (int64_t c = 0; c < books.size; c++) {
-      double square = 0;
-      for (int64_t j = 0; j < dim; j++) {
-        const auto x = static_cast<int16_t>(std::lrint(table[c * dim + j] / step));
-        made.values[((m * made.pairs + j / 2) * padded + c) * 2 + j % 2] = x;
-        square += static_cast<double>(x) * x;
-      }
-      longest = std::max(longest, square);
+    for (float& x : turned) x = std::nearbyint(x / step);
+    for (int64_t j = 0; j < dim; j++) {
+      int16_t* to = made.values.data() + (m * made.pairs + j / 2) * padded * 2 + j % 2;
+      for (int64_t c = 0; c < padded; c++) to[c * 2] = static_cast<int16_t>(turned[j * padded + c]);
     }
+    squares(turned.data(), dim, padded, square.data());
+    longest = std::max(longest, *std::max_element(square.begin(), square.end()) * rounded_up(dim));
   }
-  made.longest = static_cast<float>(std::sqrt(longest));
+  made.longest = std::sqrt(longest);
   return made;
 }
 
 Books::Tiles make_tiles(const Books& books) {
-  const int64_t dim = books.dim, padded = books.padded_size();
+  const int64_t dim = books.dim, padded = books.padded_size(), sets = padded / 4;
   Books::Tiles made;
   made.parts = (dim + 31) / 32;
   made.halves.assign(books.count * padded * made.parts * 32, 0);
   made.half_norms.assign(books.count * padded, std::numeric_limits<float>::infinity());
   made.names.assign(books.count * padded + 1, 0);
-  made.slope.assign(books.count * padded / 4, 0.0f);
+  made.slope.assign(books.count * sets, 0.0f);
   // The sum of the half norms and the product is off by `unit` times |r|^2 / 2 + |r| |C| + |C|^2 / 2. If |C| > 4 |r|, the latter two are
   // less than 3 E, else than 3 |r| |C|.
   const double unit = static_cast<double>(made.parts * 32 + 16) * 6e-8;
   made.rounding = static_cast<float>(3 * unit);
-  std::vector<double> slope(books.size);
-  std::vector<int64_t> order(books.size);
+  const float shrink = static_cast<float>(1.003 / 512 + 3 * unit);  // a vector's entries change by 2^-9 at most
+  std::vector<float> turned(made.parts * 32 * padded, 0.0f), lost(padded);
+  const std::vector<int32_t> as_they_are = in_order(books.size, padded);
+  std::vector<int32_t> order(padded);
+  std::vector<std::pair<float, int32_t>> slopes(books.size);
   for (int64_t m = 0; m < books.count; m++) {
-    for (int64_t c = 0; c < books.size; c++) {
-      double lost = 0, square = 0;
-      for (int64_t j = 0; j < dim; j++) {
-        const float x = books.table(m)[c * dim + j];
-        const double change = x + from_bfloat16(to_bfloat16(-x));
-        lost += change * change;
-        square += static_cast<double>(x) * x;
-      }
-      slope[c] = std::sqrt(lost) + std::sqrt(square) * (1.003 / 512 + 3 * unit);  // a vector's entries change by 2^-9 at most
-    }
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return slope[a] < slope[b]; });
+    const float* half_norms = books.half_norms.data() + m * padded;
+    turn(books.table(m), dim, as_they_are.data(), padded, turned.data());
+    for (float& x : turned) x -= from_bfloat16(to_bfloat16(x));
+    squares(turned.data(), dim, padded, lost.data());
+    for (int64_t c = 0; c < books.size; c++)
+      slopes[c] = {(std::sqrt(lost[c]) + std::sqrt(2 * half_norms[c]) * shrink) * rounded_up(dim), static_cast<int32_t>(c)};
+    std::sort(slopes.begin(), slopes.end());
+    std::fill(order.begin(), order.end(), -1);
     for (int64_t rank = 0, start = 0; rank < books.size; rank++) {
-      const int64_t set = rank * (padded / 4) / books.size, c = order[rank];
-      if (set != (rank - 1) * (padded / 4) / books.size) start = rank;
-      const int64_t place = m * padded + set / 16 * 64 + (rank - start) * 16 + set % 16;
-      uint16_t* tile = made.halves.data() + place / 16 * made.parts * 512;
-      for (int64_t j = 0; j < dim; j++)
-        tile[j / 32 * 512 + j % 32 / 2 * 32 + place % 16 * 2 + j % 2] = to_bfloat16(-books.table(m)[c * dim + j]);
-      made.half_norms[place] = books.half_norms[m * padded + c];
-      made.names[place] = static_cast<uint16_t>(c);
-      made.slope[m * padded / 4 + set] = static_cast<float>(slope[c] * 1.000001);  // they ascend
+      const int64_t set = rank * sets / books.size, c = slopes[rank].second;
+      if (set != (rank - 1) * sets / books.size) start = rank;
+      const int64_t place = set / 16 * 64 + (rank - start) * 16 + set % 16;
+      order[place] = static_cast<int32_t>(c);
+      made.half_norms[m * padded + place] = half_norms[c];
+      made.names[m * padded + place] = static_cast<uint16_t>(c);
+      made.slope[m * sets + set] = slopes[rank].first;  // they ascend
     }
+    turn(books.table(m), dim, order.data(), padded, turned.data());
+    for (int64_t j = 0; j < dim; j++)
+      for (int64_t tile = 0; tile < padded / 16; tile++) {
+        const float* from = turned.data() + j * padded + tile * 16;
+        uint16_t* to = made.halves.data() + (m * padded / 16 + tile) * made.parts * 512 + j / 32 * 512 + j % 32 / 2 * 32 + j % 2;
+        for (int64_t i = 0; i < 16; i++) to[i * 2] = to_bfloat16(-from[i]);
+      }
   }
   return made;
 }
 
 Books::Splits make_splits(const Books& books) {
   Books::Splits made;
-  const bool exact = std::all_of(books.rows.begin(), books.rows.end(), [](float x) { return from_bfloat16(to_bfloat16(x)) == x; });
-  made.parts = books.dim / 16, made.bunches = books.padded_size() / 32, made.terms = exact ? 1 : 2;
-  made.halves.assign(books.count * made.bunches * made.parts * made.terms * 512, 0);
-  for (int64_t m = 0; m < books.count; m++)
-    for (int64_t c = 0; c < books.size; c++)
-      for (int64_t j = 0; j < books.dim; j++) {
-        float left = books.table(m)[c * books.dim + j];
-        for (int64_t term = 0; term < made.terms; term++) {
-          const uint16_t half = to_bfloat16(left);
-          made.halves[made.of(m, c / 32, j / 16, term) - made.halves.data() + j % 16 * 32 + c % 32] = half;
-          left -= from_bfloat16(half);
+  bool exact = true;
+  for (float x : books.rows) exact &= from_bfloat16(to_bfloat16(x)) == x;
+  const int64_t padded = books.padded_size();
+  made.parts = books.dim / 16, made.bunches = padded / 32, made.terms = exact ? 1 : 2;
+  made.halves.resize(books.count * made.bunches * made.parts * made.terms * 512);
+  const std::vector<int32_t> order = in_order(books.size, padded);
+  std::vector<float> turned(books.dim * padded);
+  for (int64_t m = 0; m < books.count; m++) {
+    turn(books.table(m), books.dim, order.data(), padded, turned.data());
+    for (int64_t term = 0; term < made.terms; term++)
+      for (int64_t bunch = 0; bunch < made.bunches; bunch++)
+        for (int64_t j = 0; j < books.dim; j++) {
+          uint16_t* to = made.halves.data() + (made.of(m, bunch, j / 16, term) - made.halves.data()) + j % 16 * 32;
+          float* from = turned.data() + j * padded + bunch * 32;
+          for (int64_t c = 0; c < 32; c++) {
+            to[c] = to_bfloat16(from[c]);
+            from[c] -= from_bfloat16(to[c]);
+          }
         }
-      }
+  }
   return made;
 }
 
@@ -164,6 +215,7 @@ Books::Books(const float* codebooks, int64_t count, int64_t size, int64_t dim, c
     : count(0), size(size), dim(dim), stages(stages), heads(heads), groups(groups) {
   this->book.resize(heads * stages * groups);
   std::vector<int32_t> place(count, -1);
+  rows.reserve(count * size * dim);
   for (int64_t g = 0; g < heads; g++)
     for (int64_t p = 0; p < groups; p++)
       for (int64_t s = 0; s < stages; s++) {
@@ -185,24 +237,22 @@ Books::Books(const float* codebooks, int64_t count, int64_t size, int64_t dim, c
   }
   const int64_t padded = padded_size();
   half_norms.assign(this->count * padded, std::numeric_limits<float>::infinity());
-  for (int64_t m = 0; m < this->count; m++)
-    for (int64_t c = 0; c < size; c++) {
-      float square = 0;
-      for (int64_t j = 0; j < dim; j++) {
-        const float x = table(m)[c * dim + j];
-        square += x * x;
-      }
-      half_norms[m * padded + c] = square * 0.5f;
-    }
-  longest = longest_vectors(*this, longest_codewords(*this, rows));
+  const std::vector<int32_t> order = in_order(size, padded);
+  std::vector<float> longest_square(this->count), turned(dim * padded), square(padded);
+  for (int64_t m = 0; m < this->count; m++) {
+    turn(table(m), dim, order.data(), padded, turned.data());
+    squares(turned.data(), dim, padded, square.data());
+    longest_square[m] = *std::max_element(square.begin(), square.end()) * rounded_up(dim);
+    for (int64_t c = 0; c < size; c++) half_norms[m * padded + c] = square[c] * 0.5f;
+  }
+  longest = longest_vectors(*this, longest_square);
 }
 
 const float* Books::columns(int64_t m) const {
   std::call_once(columns_made, [this] {
-    columns_.assign(count * dim * padded_size(), 0.0f);
-    for (int64_t i = 0; i < count; i++)
-      for (int64_t c = 0; c < size; c++)
-        for (int64_t j = 0; j < dim; j++) columns_[(i * dim + j) * padded_size() + c] = table(i)[c * dim + j];
+    columns_.resize(count * dim * padded_size());
+    const std::vector<int32_t> order = in_order(size, padded_size());
+    for (int64_t i = 0; i < count; i++) turn(table(i), dim, order.data(), padded_size(), columns_.data() + i * dim * padded_size());
   });
   return columns_.data() + m * dim * padded_size();
 }
@@ -210,10 +260,12 @@ const float* Books::columns(int64_t m) const {
 const uint16_t* Books::halves() const {
   std::call_once(halves_made, [this] {
     Aligned<uint16_t> made(rows.size());
+    bool exact = true;
     for (size_t i = 0; i < rows.size(); i++) {
       made[i] = to_half(rows[i]);
-      if (half_to_float(made[i]) != rows[i]) return;
+      exact &= half_to_float(made[i]) == rows[i];
     }
+    if (!exact) return;
     halves_ = std::move(made);
   });
   return halves_.empty() ? nullptr : halves_.data();

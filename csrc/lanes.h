@@ -107,6 +107,18 @@ inline vf zip(vf a, vf b) {
 #endif
 }
 
+// Rows and columns of a square change places.
+inline void transpose(vf (&square)[lanes]) {
+  for (int apart = 1; apart < lanes; apart *= 2) {
+    vf turned[lanes];
+    for (int i = 0; i < lanes / 2; i++) {
+      turned[2 * i] = zip<0>(square[i], square[i + lanes / 2]);
+      turned[2 * i + 1] = zip<1>(square[i], square[i + lanes / 2]);
+    }
+    std::memcpy(square, turned, sizeof square);
+  }
+}
+
 inline vf larger(vf a, vf b) { return a > b ? a : b; }
 
 inline float sum(vf v) {

@@ -215,9 +215,8 @@ class ResidualCodec(Codec):
         if weights is None:
             return self.codebooks, self.book
         codewords = self.codebooks.detach().float()[self.book]  # [S, G, P, C, d]
-        weighted = torch.einsum("sgpcd,gpde->sgpce", codewords, weights)
         own = torch.arange(self.book.numel(), device=self.book.device).view(self.book.shape)
-        return weighted.flatten(0, 2).half(), own
+        return (codewords @ weights).flatten(0, 2).half(), own
 
     def decode(self, codes: Codes) -> Tensor:
         coded = self.coded(codes)
