@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "pool.h"
+
 namespace kvfold {
 namespace {
 
@@ -44,16 +46,37 @@ Side dense_side(const Dense& vectors, int64_t batch, int64_t heads, int64_t toke
   return side;
 }
 
+// Queries as float32: what came in bfloat16 is widened.
+struct Queries {
+  const float* data;
+  bool half;
+  Aligned<float> wide;
+
+  Queries(const Dense& query, int threads) : data(static_cast<const float*>(query.data())), half(is_bfloat16(query.dtype())) {
+    require(half || query.dtype() == nb::dtype<float>(), "query of float32 or bfloat16");
+    require_dense(query, "query");
+    if (!half) return;
+    constexpr int64_t kPiece = 1 << 16;
+    const auto* from = static_cast<const uint16_t*>(query.data());
+    const int64_t size = static_cast<int64_t>(query.size());
+    wide.resize(size);
+    parallel_for(threads, (size + kPiece - 1) / kPiece, [&](int64_t piece) {
+      for (int64_t i = piece * kPiece; i < std::min(size, (piece + 1) * kPiece); i++) wide[i] = from_bfloat16(from[i]);
+    });
+    data = wide.data();
+  }
+};
+
 using Mask = std::optional<nb::ndarray<nb::ro, nb::device::cpu>>;  // uint8, a mask, or int32, the bounds of spans
 
 // The queries of `call`, which knows the keys, and its mask.
-void place_query(AttendCall& call, const Array<const float>& query, const Mask& mask) {
+void place_query(AttendCall& call, const Dense& query, const Queries& queries_read, const Mask& mask) {
   require(query.ndim() == 4, "query [B, H, Q, D]");
   const int64_t batch = call.batch, heads = query.shape(1), queries = query.shape(2);
   require_shape(query, {batch, heads, queries, call.key.dim}, "query, not [B, H, Q, D] of the keys");
   require(call.kv_heads > 0 && heads % call.kv_heads == 0, "query heads, no multiple of KV heads");
-  require_dense(query, "query");
-  call.query = query.data();
+  call.query = queries_read.data;
+  call.half = queries_read.half;
   call.shared = heads / call.kv_heads;
   call.queries = queries;
   if (mask && mask->dtype() == nb::dtype<int32_t>()) {
@@ -86,24 +109,25 @@ void place_results(AttendCall& call, const Array<float>& out, const Array<float>
 }
 
 // Exact keys and values, and how they are attended.
-AttendCall exact_call(const Dense& keys, const Dense& values, bool half, float softmax_scale, float softcap,
-                      int threads) {
+AttendCall exact_call(const Dense& keys, const Dense& values, float softmax_scale, float softcap, int threads) {
   require(keys.ndim() == 4, "keys [B, G, T, D]");
   AttendCall call{};
   call.batch = keys.shape(0), call.kv_heads = keys.shape(1), call.tokens = keys.shape(2);
   call.key = dense_side(keys, call.batch, call.kv_heads, call.tokens);
   call.value = dense_side(values, call.batch, call.kv_heads, call.tokens);
-  call.half = half;
   call.softmax_scale = softmax_scale;
   call.softcap = softcap;
   call.threads = threads;
   return call;
 }
 
+using Center = std::optional<Array<const float>>;
+using Positions = std::optional<Array<const int32_t>>;
+using Frequencies = std::optional<Array<const float>>;
+
 // Where keys stand and how they are rotated there; `call` knows the keys.
-void place_keys(AttendCall& call, const std::optional<Array<const float>>& key_center,
-                const std::optional<Array<const int32_t>>& positions, const std::optional<Array<const float>>& inv_freq,
-                float factor, bool interleaved) {
+void place_keys(AttendCall& call, const Center& key_center, const Positions& positions, const Frequencies& inv_freq, float factor,
+                bool interleaved) {
   require(positions.has_value() == inv_freq.has_value(), "positions and inv_freq together");
   if (positions) {
     const Turn turn = turn_of(*positions, *inv_freq, factor, interleaved, call.batch, call.tokens, call.key.dim);
@@ -122,48 +146,60 @@ void place_keys(AttendCall& call, const std::optional<Array<const float>>& key_c
   }
 }
 
-void attend_codes(const Array<const float>& query, const Array<const uint8_t>& key_packed,
-                  const Scale& key_scale, int key_bits, const Books& key_books,
-                  const Array<const uint8_t>& value_packed, const Scale& value_scale, int value_bits,
-                  const Books& value_books, const std::optional<Array<const float>>& key_center,
-                  const std::optional<Array<const int32_t>>& positions, const std::optional<Array<const float>>& inv_freq, float factor, bool interleaved, const Mask& mask,
-                  const std::optional<Dense>& exact_keys, const std::optional<Dense>& exact_values,
-                  const Mask& exact_mask, bool half, float softmax_scale, float softcap, float skip, int threads,
-                  const Array<float>& out, const Array<float>& lse) {
-  require(key_packed.ndim() == 4, "packed codes [B, G, T, bytes]");
-  AttendCall call{};
-  call.batch = key_packed.shape(0), call.kv_heads = key_books.heads, call.tokens = key_packed.shape(2);
-  require(value_books.heads == key_books.heads, "keys and values of one number of KV heads");
-  call.key = coded_side(key_packed, key_scale, key_bits, key_books, call.batch, call.tokens);
-  call.value = coded_side(value_packed, value_scale, value_bits, value_books, call.batch, call.tokens);
-  place_keys(call, key_center, positions, inv_freq, factor, interleaved);
-  call.half = half;
-  call.softmax_scale = softmax_scale;
-  call.softcap = softcap;
-  call.skip = skip;
-  call.threads = threads;
-  place_query(call, query, mask);
-  place_results(call, out, lse);
-  require(exact_keys.has_value() == exact_values.has_value(), "exact keys and values together");
-  std::optional<AttendCall> exact;
-  if (exact_keys) {
-    exact = exact_call(*exact_keys, *exact_values, half, softmax_scale, softcap, threads);
-    require(exact->kv_heads == call.kv_heads && exact->value.dim == call.value.dim, "exact keys and values unlike the coded ones");
-    place_query(*exact, query, exact_mask);
+// Coded keys and values that queries come to again and again, looked through once.
+class Past {
+ public:
+  Past(const Array<const uint8_t>& key_packed, const Scale& key_scale, int key_bits, const Books& key_books,
+       const Array<const uint8_t>& value_packed, const Scale& value_scale, int value_bits, const Books& value_books,
+       const Center& key_center, const Positions& positions, const Frequencies& inv_freq, float factor, bool interleaved)
+      : key_packed_(key_packed), value_packed_(value_packed), key_scale_(key_scale), value_scale_(value_scale),
+        center_(key_center), positions_(positions), inv_freq_(inv_freq) {
+    require(key_packed.ndim() == 4, "packed codes [B, G, T, bytes]");
+    call_.batch = key_packed.shape(0), call_.kv_heads = key_books.heads, call_.tokens = key_packed.shape(2);
+    require(value_books.heads == key_books.heads, "keys and values of one number of KV heads");
+    call_.key = coded_side(key_packed, key_scale, key_bits, key_books, call_.batch, call_.tokens);
+    call_.value = coded_side(value_packed, value_scale, value_bits, value_books, call_.batch, call_.tokens);
+    place_keys(call_, key_center, positions, inv_freq, factor, interleaved);
   }
-  if (lse.size() == 0) return;
-  nb::gil_scoped_release free;
-  attend(call);
-  if (exact) attend_too(*exact, call);
-}
 
-void attend_codes_in_pages(const Array<const float>& query, const Array<const int32_t>& table, const Array<const int32_t>& lengths,
+  void attend(const Dense& query, const Mask& mask, const std::optional<Dense>& exact_keys, const std::optional<Dense>& exact_values,
+              const Mask& exact_mask, float softmax_scale, float softcap, float skip, int threads, const Array<float>& out,
+              const Array<float>& lse) const {
+    const Queries queries(query, threads);
+    AttendCall call = call_;
+    call.softmax_scale = softmax_scale;
+    call.softcap = softcap;
+    call.skip = skip;
+    call.threads = threads;
+    place_query(call, query, queries, mask);
+    place_results(call, out, lse);
+    require(exact_keys.has_value() == exact_values.has_value(), "exact keys and values together");
+    std::optional<AttendCall> exact;
+    if (exact_keys) {
+      exact = exact_call(*exact_keys, *exact_values, softmax_scale, softcap, threads);
+      require(exact->kv_heads == call.kv_heads && exact->value.dim == call.value.dim, "exact keys and values unlike the coded ones");
+      place_query(*exact, query, queries, exact_mask);
+    }
+    if (lse.size() == 0) return;
+    nb::gil_scoped_release free;
+    kvfold::attend(call);
+    if (exact) attend_too(*exact, call);
+  }
+
+ private:
+  Array<const uint8_t> key_packed_, value_packed_;  // these and the next keep alive what `call_` points to
+  Scale key_scale_, value_scale_;
+  Center center_;
+  Positions positions_;
+  Frequencies inv_freq_;
+  AttendCall call_{};
+};
+
+void attend_codes_in_pages(const Dense& query, const Array<const int32_t>& table, const Array<const int32_t>& lengths,
                            const Array<const uint8_t>& key_packed, const Scale& key_scale, int key_bits, const Books& key_books,
                            const Array<const uint8_t>& value_packed, const Scale& value_scale, int value_bits,
-                           const Books& value_books, const std::optional<Array<const float>>& key_center,
-                           const std::optional<Array<const int32_t>>& positions,
-                           const std::optional<Array<const float>>& inv_freq, float factor, bool interleaved, bool half,
-                           float softmax_scale, float softcap, float skip, int threads, const Array<float>& out) {
+                           const Books& value_books, const Center& key_center, const Positions& positions,
+                           const Frequencies& inv_freq, float factor, bool interleaved, float softmax_scale, float softcap, float skip, int threads, const Array<float>& out) {
   require(key_packed.ndim() == 4, "packed codes [N, G, block, bytes]");
   PagesCall call{};
   call.pages = key_packed.shape(0), call.block = key_packed.shape(2), call.rows = lengths.size();
@@ -194,7 +230,7 @@ void attend_codes_in_pages(const Array<const float>& query, const Array<const in
   require_shape(out, {call.rows, heads, call.value.dim}, "out, not [R, H, D] of the values");
   require(lengths.ndim() == 1 && table.ndim() == 2 && static_cast<int64_t>(table.shape(0)) == call.rows, "table [R, n] and lengths [R]");
   require(table.shape(1) <= 1 || table.stride(1) == 1, "a table with gaps within a row");
-  require_dense(query, "query");
+  const Queries queries(query, threads);
   require_dense(out, "out");
   require_dense(lengths, "lengths");
   int64_t longest = 0;
@@ -204,22 +240,21 @@ void attend_codes_in_pages(const Array<const float>& query, const Array<const in
     longest = std::max(longest, length);
   }
   AttendCall& row = call.row;
-  row.query = query.data(), row.out = out.data();
+  row.query = queries.data, row.half = queries.half, row.out = out.data();
   row.batch = row.queries = 1, row.kv_heads = kv_heads, row.shared = heads / kv_heads;
   row.tokens = longest, row.key = call.key;
   place_keys(row, key_center, positions, inv_freq, factor, interleaved);
-  row.half = half;
   row.softmax_scale = softmax_scale, row.softcap = softcap, row.skip = skip, row.threads = threads;
   call.table = table.data(), call.table_stride = table.stride(0), call.lengths = lengths.data();
   nb::gil_scoped_release free;
   attend_pages(call);
 }
 
-void attend_exact(const Array<const float>& query, const Dense& keys, const Dense& values,
-                  const Mask& mask, bool half, float softmax_scale, float softcap, int threads, const Array<float>& out,
-                  const Array<float>& lse) {
-  AttendCall call = exact_call(keys, values, half, softmax_scale, softcap, threads);
-  place_query(call, query, mask);
+void attend_exact(const Dense& query, const Dense& keys, const Dense& values, const Mask& mask, float softmax_scale, float softcap,
+                  int threads, const Array<float>& out, const Array<float>& lse) {
+  const Queries queries(query, threads);
+  AttendCall call = exact_call(keys, values, softmax_scale, softcap, threads);
+  place_query(call, query, queries, mask);
   place_results(call, out, lse);
   if (lse.size() == 0) return;
   nb::gil_scoped_release free;
@@ -229,14 +264,18 @@ void attend_exact(const Array<const float>& query, const Dense& keys, const Dens
 }  // namespace
 
 void bind_attention(nb::module_& m) {
-  m.def("attend_codes", &attend_codes, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-        nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(),
-        nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
+  nb::class_<Past>(m, "Past")
+      .def(nb::init<const Array<const uint8_t>&, const Scale&, int, const Books&, const Array<const uint8_t>&, const Scale&, int,
+                    const Books&, const Center&, const Positions&, const Frequencies&, float, bool>(),
+           nb::keep_alive<1, 5>(), nb::keep_alive<1, 9>(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+           nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg())
+      .def("attend", &Past::attend, nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(),
+           nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
   m.def("attend_pages", &attend_codes_in_pages, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
         nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(),
-        nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
+        nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
   m.def("attend_exact", &attend_exact, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-        nb::arg(), nb::arg());
+        nb::arg());
 }
 
 }  // namespace kvfold

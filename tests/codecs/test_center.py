@@ -8,7 +8,7 @@ import torch
 from small import DIM, HEADS, fit, place, samples
 
 from kvfold import ops
-from kvfold.codecs.base import Facts, attend
+from kvfold.codecs.base import Facts, Reader
 from kvfold.codecs.residual import ResidualCodec, ResidualSettings
 from kvfold.errors import InputError
 
@@ -49,7 +49,7 @@ def test_a_center_stands_still_in_a_model_without_rope() -> None:
     x, query = samples(40)[None] + 3, torch.randn(1, HEADS, 1, DIM)
     codes = codec.encode(codec.unplace(x, None))
     values = value.encode(samples(40)[None])
-    got = attend(query, (codec, codes), (value, values), None, None, 0.25, None)
+    got = Reader((codec, codes), (value, values), None).attend(query, None, 0.25, None)
     keys = codec.place(codec.decode(codes), None)
     assert float((keys - x).square().mean()) < 0.3 * float(x.square().mean())
     want = reference.attention(query, keys, value.decode(values), None, 0.25)

@@ -8,7 +8,7 @@ import torch
 from small import DIM, samples
 
 from kvfold.codecs import build_codec, resolve_settings
-from kvfold.codecs.base import attend
+from kvfold.codecs.base import Reader
 from kvfold.codecs.kivi import KiviCodec, dequantize, quantize
 from kvfold.errors import InputError
 
@@ -59,6 +59,6 @@ def test_bad_settings_are_refused(axis: str, bits: int, group: int) -> None:
 def test_blocks_need_not_fit_the_tiles_of_attention() -> None:
     keys, values = KiviCodec(DIM, "channel", 4, 48), KiviCodec(DIM, "token", 4, 8)
     x, query = samples(48 * 23)[None], torch.randn(1, 2, 1, DIM)
-    got = attend(query, (keys, keys.encode(x)), (values, values.encode(x)), None, None, 0.25, None)
+    got = Reader((keys, keys.encode(x)), (values, values.encode(x)), None).attend(query, None, 0.25, None)
     want = reference.attention(query, keys.decode(keys.encode(x)), values.decode(values.encode(x)), None, 0.25)
     assert torch.allclose(got[0].double(), want[0], atol=1e-5)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvfold import ops
 from kvfold.codecs import KINDS, METHODS, Codec
-from kvfold.codecs.base import Facts, attend
+from kvfold.codecs.base import Facts, Reader
 from kvfold.codes import Codes
 from kvfold.errors import InputError
 
@@ -174,7 +174,7 @@ def test_attention_on_codes_is_attention_on_decoded_vectors(key_name: str, value
         positions = (torch.arange(1104) - torch.tensor([[0], [9]])).clamp_min(0)
         rotation = ops.Rotation(positions, torch.tensor([1.0, 0.1, 0.01]), 1.1, False)
         k = keys.place(k, rotation)
-    got = attend(query, (keys, key_codes), (values, value_codes), rotation, mask, 0.25, 30.0)
+    got = Reader((keys, key_codes), (values, value_codes), rotation).attend(query, mask, 0.25, 30.0)
     expected = reference.attention(query, k, values.decode(value_codes), mask, 0.25, 30.0)
     for part, right in zip(got, expected, strict=True):
         assert torch.allclose(part.double(), right, rtol=1e-5, atol=1e-5)

@@ -10,7 +10,7 @@ from small import samples
 from torch import Tensor
 
 from kvfold.codecs import build_codec, resolve_settings
-from kvfold.codecs.base import attend
+from kvfold.codecs.base import Reader
 from kvfold.codecs.identity import IdentityCodec
 from kvfold.codecs.kivi import KiviCodec
 from kvfold.codecs.qjl import QjlCodec, projection_matrix
@@ -87,7 +87,7 @@ def test_scores_with_outliers_are_those_of_the_split_query() -> None:
 def test_attention_decodes_no_key(outliers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     codec, exact, x = QjlCodec(16, outliers=outliers, group=8), IdentityCodec(16), samples(16)[None]
     monkeypatch.setattr(QjlCodec, "decode", None)
-    out, _ = attend(torch.randn(1, 4, 2, 16), (codec, codec.encode(x)), (exact, exact.encode(x)), None, None, 0.25, None)
+    out, _ = Reader((codec, codec.encode(x)), (exact, exact.encode(x)), None).attend(torch.randn(1, 4, 2, 16), None, 0.25, None)
     assert bool(out.isfinite().all())
 
 

@@ -103,7 +103,7 @@ def test_coded_and_exact_tokens_are_attended_together(backend: str, queries: int
     keys, values, mask = torch.randn(2, 2, exact, 16), torch.randn(2, 2, exact, 16), masks(kind, 2, queries, tokens + exact)
     coded_mask, exact_mask = (None, None) if mask is None else (mask[..., :tokens], mask[..., tokens:])
     too = ops.Exact(keys, values, exact_mask)
-    got = ops.attend_both(query, key, value, None, coded_mask, too, 0.25, backend=backend)
+    got = ops.attend_both(query, ops.Past(key, value), coded_mask, too, 0.25, backend=backend)
     whole = (torch.cat((reference.decoded(side), own), 2) for side, own in ((key, keys), (value, values)))
     check(got, reference.attention(query, *whole, mask, 0.25))
 

@@ -330,12 +330,27 @@ def test_the_number_of_threads_changes_nothing() -> None:
         torch.set_num_threads(number)
         step = ops.attend(query, key, value, rotation(20_000, 64), None, 0.125, backend="cpu")
         whole = ops.attend(prompt, key, value, None, None, 0.125, backend="cpu")
-        together = ops.attend_both(query, key, value, None, None, ops.Exact(recent, recent, None), 0.125, backend="cpu")
+        together = ops.attend_both(query, ops.Past(key, value), None, ops.Exact(recent, recent, None), 0.125, backend="cpu")
         codes = ops.encode(vectors, key.codebooks, key.book, 3, "cpu")
         stored = ops.code(vectors.flatten(3), key.codebooks, key.book, key.channels, None, key.bits, 3, backend="cpu")
         results.append((*step, *whole, *together, codes, *stored))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_a_past_is_read_again_and_again(isa: str) -> None:
+    """By other queries and in other types; codebooks that were written to since are read anew."""
+    key, value = coded(1, 2, 600, 64, strided=True), coded(1, 2, 600, 64)
+    past = ops.Past(key, value, rotation(600, 64))
+    for _ in range(2):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            query = torch.randn(1, 5, 4, 64).to(dtype).transpose(1, 2)
+            got = ops.attend_both(query, past, None, None, 0.125, backend="cpu")
+            right = ops.attend(query.float(), key, value, past.rotation, None, 0.125, backend="cpu")
+            assert all(torch.equal(a, b) for a, b in zip(got, right, strict=True))
+        for side in (key, value):
+            side.codebooks.mul_(0.75)
+            side.scale.mul_(2)  # what is stored is read where it lies
 
 
 def test_fake_tensors_see_the_shapes() -> None:
@@ -346,7 +361,7 @@ def test_fake_tensors_see_the_shapes() -> None:
         out, lse = ops.attend(fake(torch.randn(2, 4, 5, 64)), key, value, turned, None, 1.0, backend="cpu")
         assert (out.shape, lse.shape, out.dtype) == ((2, 4, 5, 64), (2, 4, 5), torch.float32)
         too = ops.Exact(fake(torch.randn(2, 2, 9, 64)), fake(torch.randn(2, 2, 9, 64)), None)
-        out, lse = ops.attend_both(fake(torch.randn(2, 4, 5, 64)), key, value, turned, None, too, 1.0, backend="cpu")
+        out, lse = ops.attend_both(fake(torch.randn(2, 4, 5, 64)), ops.Past(key, value, turned), None, too, 1.0, backend="cpu")
         assert (out.shape, lse.shape) == ((2, 4, 5, 64), (2, 4, 5))
         vectors = fake(torch.randn(2, 2, 7, 2, 32))
         codes = ops.encode(vectors, key.codebooks, key.book, 1, "cpu")

@@ -44,7 +44,7 @@ def test_spans_are_read_as_their_mask_is(queries: int) -> None:
     masks = seen[0].mask(0, coded_tokens), seen[1].mask(0, exact_tokens)
     query = torch.randn(1, 3, queries, 32)
     for dtype in (torch.float32, torch.bfloat16):
-        given = query.to(dtype), key, value, rotation(coded_tokens, 32)
+        given = query.to(dtype), ops.Past(key, value, rotation(coded_tokens, 32))
         got, right = (
             ops.attend_both(*given, of_coded, ops.Exact(exact, exact, of_exact), 32**-0.5, backend="cpu")
             for of_coded, of_exact in (seen, masks)

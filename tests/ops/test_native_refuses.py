@@ -26,9 +26,9 @@ def test_codes_that_name_no_codeword_are_refused(side: str, tokens: int) -> None
 def test_exact_tokens_unlike_the_coded_ones_are_refused(keys: tuple[int, ...], swapped: bool) -> None:
     exact = [torch.zeros(keys), torch.zeros(1, 2, 9, 64)]
     too = ops.Exact(*(reversed(exact) if swapped else exact), None)
-    sides = coded(1, 2, 300, 64), coded(1, 2, 300, 64)
+    past = ops.Past(coded(1, 2, 300, 64), coded(1, 2, 300, 64))
     with pytest.raises(ValueError, match=r"shape of|unlike the coded"):
-        ops.attend_both(torch.randn(1, 4, 1, 64), *sides, None, None, too, 1.0, backend="cpu")
+        ops.attend_both(torch.randn(1, 4, 1, 64), past, None, too, 1.0, backend="cpu")
 
 
 @pytest.mark.parametrize("code", [-1, 7, 2**31 - 1])

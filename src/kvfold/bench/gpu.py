@@ -20,7 +20,7 @@ from kvfold import ops
 from kvfold.bench.attend import check_sizes, dense_cache, random_codes, random_rotation, worst_error
 from kvfold.bench.timing import medians
 from kvfold.codecs import build_codec, resolve_settings
-from kvfold.codecs.base import attend as attend_codes
+from kvfold.codecs.base import Reader
 from kvfold.codecs.residual import ResidualCodec
 from kvfold.progress import Progress
 
@@ -115,7 +115,7 @@ def _attend(
         settings = resolve_settings("kivi", {"bits": 2, "group": 32}, query.shape[-1])
         codecs = [build_codec("kivi", side, query.shape[-1], settings) for side in ("key", "value")]
         coded = [(codec, codec.encode(x.float())) for codec, x in zip(codecs, (keys, values), strict=True)]
-        ways["kivi2_ms"] = lambda: attend_codes(query, coded[0], coded[1], None, None, scale, None)
+        ways["kivi2_ms"] = lambda: Reader(coded[0], coded[1], None).attend(query, None, scale, None)
     times = timed(ways, repeats, query.device)
     sdpa = min(times.pop("gqa"), times.pop("grouped"))
     error = worst_error(out, right)

@@ -21,11 +21,10 @@ from kvfold.cache.past import CodedPast
 from kvfold.cache.positions import Positions
 from kvfold.cache.view import CacheView, CodedPiece
 from kvfold.codecs import Codec
-from kvfold.codecs.base import finite
 from kvfold.codes import Codes
 from kvfold.compat import CacheLayerMixin
 from kvfold.config import RopeSpec
-from kvfold.errors import InputError, non_finite
+from kvfold.errors import InputError
 
 
 class CodedLayer(CacheLayerMixin):
@@ -102,19 +101,16 @@ class CodedLayer(CacheLayerMixin):
                 f"{heads} of dim {dim}",
                 "use the codec with the model it was calibrated for",
             )
-        if asks_late(key_states):
+        late, held = asks_late(key_states), self.exact or {"keys": key_states[:, :, :0], "values": value_states[:, :, :0]}
+        if late:
             self.finite = torch.isfinite(key_states).all() & torch.isfinite(value_states).all()
-        elif not finite(key_states, value_states):
-            raise non_finite()
+        keys, values = ops.extend(held["keys"], held["values"], key_states, value_states, checked=not late)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        old = self.length
+        old, before = self.length, self.coded
         self._positions.commit(old + queries, batch)
-        self._undo = (old, self.coded, self._tail_start, dict(self.exact))
-        self.length = old + queries
-        for name, new in (("keys", key_states), ("values", value_states)):
-            self.exact[name] = torch.cat((self.exact[name], new), 2)
-        before = self.coded
+        self._undo = (old, before, self._tail_start, self.exact)
+        self.length, self.exact = old + queries, {"keys": keys, "values": values}
         self.encode_until(self._boundary(self.length))
         boundaries = self._boundaries(old, before) if queries > 1 and self.coded > before else None
         if not self.record_past and boundaries is None:

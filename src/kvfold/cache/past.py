@@ -52,6 +52,9 @@ class CodedPast:
         self.limit = limit
         self.known: Any = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "known": None}  # a copy makes its own
+
     @property
     def tokens(self) -> int:
         return sum(segment.keys.tokens for segment in self.segments)

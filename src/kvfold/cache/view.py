@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
 from kvfold import ops
 from kvfold.codecs import Codec
+from kvfold.codecs.base import Reader
 from kvfold.codes import Codes
 
 
@@ -25,6 +27,10 @@ class CodedPiece:
     keys: Codes
     values: Codes
     rotation: ops.Rotation | None
+
+    @cached_property
+    def reader(self) -> Reader:
+        return Reader((self.key_codec, self.keys), (self.value_codec, self.values), self.rotation)
 
 
 @dataclass(frozen=True)

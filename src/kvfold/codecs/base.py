@@ -75,7 +75,7 @@ class Codec(ABC):
             raise InputError(f"head dim {self.head_dim}", f"{x.shape[-1]}", "use the codec with the model it was made for")
         if x.shape[2] % self.block:
             raise InputError(f"a multiple of {self.block} tokens", f"{x.shape[2]}", "keep the others until their block is full")
-        if not x.is_cuda and not finite(x):
+        if not x.is_cuda and not ops.finite(x):
             raise non_finite()
         return self._encode(x.float())
 
@@ -220,55 +220,56 @@ class Codec(ABC):
         return self  # a copied cache shares its codecs
 
 
-def finite(*tensors: Tensor) -> bool:
-    """Whether no element is NaN or Inf. Sums tell it sooner, unless they overflow."""
-    if math.isfinite(sum(tensor.detach().sum().item() for tensor in tensors)):
-        return True
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+class Reader:
+    """Coded keys and values of a layer, and attention over them: fused where both methods can, else decoded tile by tile.
 
-
-def attend(
-    query: Tensor,
-    keys: tuple[Codec, Codes],
-    values: tuple[Codec, Codes],
-    rotation: ops.Rotation | None,
-    mask: ops.Mask | None,
-    softmax_scale: float,
-    softcap: float | None,
-    exact: ops.Exact | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Attention over coded keys and values, `(out, lse)`: fused where both methods can, else decoded tile by tile.
-
-    Arguments as in `ops.attend`; `rotation` is None unless the key codec reads positions. `exact` tokens are attended too.
+    `rotation` is None unless the key codec reads positions.
     """
-    (key_codec, key_codes), (value_codec, value_codes) = keys, values
-    key, value = key_codec.coded(key_codes), value_codec.coded(value_codes)
-    if key is not None and value is not None:
-        if key.center is not None and rotation is None:  # a model without RoPE: the center stands still
-            positions = torch.zeros(1, key_codes.tokens, dtype=torch.int64, device=query.device)
-            rotation = ops.Rotation(positions, torch.empty(0, device=query.device), 1.0, False)
-        if exact is not None:
-            return ops.attend_both(query, key, value, rotation, mask, exact, softmax_scale, softcap)
-        return ops.attend(query, key, value, rotation, mask, softmax_scale, softcap)
-    if exact is not None:
-        coded = attend(query, keys, values, rotation, mask, softmax_scale, softcap)
-        return ops.merge([coded, ops.attend_exact(query, *exact, softmax_scale, softcap)])
 
-    key_basis = key_codec.basis if rotation is None else None  # keys that are rotated when read are needed as they are
-    value_basis = value_codec.basis
-    if key_basis is not None:
-        query = _by_head(query.float(), key_basis.mT.to(query.device))
+    def __init__(self, keys: tuple[Codec, Codes], values: tuple[Codec, Codes], rotation: ops.Rotation | None) -> None:
+        self._keys, self._values, self._rotation = keys, values, rotation
+        key, value = keys[0].coded(keys[1]), values[0].coded(values[1])
+        self._past = None
+        if key is not None and value is not None:
+            if key.center is not None and rotation is None:  # a model without RoPE: the center stands still
+                device = key.packed.device
+                positions = torch.zeros(1, keys[1].tokens, dtype=torch.int64, device=device)
+                rotation = ops.Rotation(positions, torch.empty(0, device=device), 1.0, False)
+            self._past = ops.Past(key, value, rotation)
 
-    def read(start: int, stop: int) -> tuple[Tensor, Tensor]:
-        chosen = key_codes.slice(start, stop)
-        k = key_codec.decode(chosen) if key_basis is None else key_codec.latent(chosen)
-        k = key_codec.place(k, None if rotation is None else rotation.slice(start, stop))
-        chosen = value_codes.slice(start, stop)
-        return k, value_codec.decode(chosen) if value_basis is None else value_codec.latent(chosen)
+    def attend(
+        self,
+        query: Tensor,
+        mask: ops.Mask | None,
+        softmax_scale: float,
+        softcap: float | None,
+        exact: ops.Exact | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`(out, lse)`; arguments as in `ops.attend_both`."""
+        if self._past is not None:
+            return ops.attend_both(query, self._past, mask, exact, softmax_scale, softcap)
+        coded = self._attend_tiles(query, mask, softmax_scale, softcap)
+        return coded if exact is None else ops.merge([coded, ops.attend_exact(query, *exact, softmax_scale, softcap)])
 
-    block = math.lcm(key_codec.block, value_codec.block)
-    out, lse = ops.attend_tiles(query, read, key_codes.tokens, mask, softmax_scale, softcap, block)
-    return out if value_basis is None else _by_head(out, value_basis.to(out.device)), lse
+    def _attend_tiles(
+        self, query: Tensor, mask: ops.Mask | None, softmax_scale: float, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        (key_codec, key_codes), (value_codec, value_codes), rotation = self._keys, self._values, self._rotation
+        key_basis = key_codec.basis if rotation is None else None  # keys that are rotated when read are needed as they are
+        value_basis = value_codec.basis
+        if key_basis is not None:
+            query = _by_head(query.float(), key_basis.mT.to(query.device))
+
+        def read(start: int, stop: int) -> tuple[Tensor, Tensor]:
+            chosen = key_codes.slice(start, stop)
+            k = key_codec.decode(chosen) if key_basis is None else key_codec.latent(chosen)
+            k = key_codec.place(k, None if rotation is None else rotation.slice(start, stop))
+            chosen = value_codes.slice(start, stop)
+            return k, value_codec.decode(chosen) if value_basis is None else value_codec.latent(chosen)
+
+        block = math.lcm(key_codec.block, value_codec.block)
+        out, lse = ops.attend_tiles(query, read, key_codes.tokens, mask, softmax_scale, softcap, block)
+        return out if value_basis is None else _by_head(out, value_basis.to(out.device)), lse
 
 
 def _by_head(x: Tensor, matrix: Tensor) -> Tensor:

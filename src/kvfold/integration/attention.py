@@ -10,7 +10,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kvfold import ops
 from kvfold.cache.view import CacheView
-from kvfold.codecs.base import attend
 from kvfold.errors import InputError
 
 _QUERIES = 8192  # of a call
@@ -134,9 +133,8 @@ def _attend(query: Tensor, view: CacheView, masks: _Masks, scale: float, softcap
         return ops.attend_exact(query, *exact, scale, softcap)[0]
     parts = []
     for piece, mask in zip(view.pieces, masks.pieces, strict=True):
-        keys, values = (piece.key_codec, piece.keys), (piece.value_codec, piece.values)
         too = exact if piece is view.pieces[-1] else None  # in one call with the newest coded tokens
-        parts.append(attend(query, keys, values, piece.rotation, mask, scale, softcap, too))
+        parts.append(piece.reader.attend(query, mask, scale, softcap, too))
     return ops.merge(parts)[0]
 
 

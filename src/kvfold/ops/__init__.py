@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from kvfold.ops.attend.naive import Coded, Exact, Rotation, attend_tiles, decode_tile, rotated_center
+from kvfold.ops.attend.naive import Coded, Exact, Past, Rotation, attend_tiles, decode_tile, rotated_center
 from kvfold.ops.attend.pages import alike
 from kvfold.ops.attend.spans import Mask, Spans
 from kvfold.ops.dispatch import available_backends, select
 from kvfold.ops.encode.code import scaled_groups
 from kvfold.ops.encode.pages import Coder, Stored
+from kvfold.ops.extend import finite
 from kvfold.ops.merge import merge
 from kvfold.ops.rope import rotate
 
@@ -90,18 +91,15 @@ def attend_exact(
 
 def attend_both(
     query: Tensor,
-    key: Coded,
-    value: Coded,
-    rotation: Rotation | None,
+    past: Past,
     mask: Mask | None,
-    exact: Exact,
+    exact: Exact | None,
     softmax_scale: float,
     softcap: float | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention on residual codes and on exact keys and values, `(out, lse)`; see `ops/attend/naive.py`."""
-    run = _of("attend_both", backend, query)
-    return run(query, key, value, rotation, mask, exact, softmax_scale, softcap)
+    return _of("attend_both", backend, query)(query, past, mask, exact, softmax_scale, softcap)
 
 
 def attend_pages(
@@ -127,11 +125,19 @@ def unrotate(
     return _of("unrotate", backend, x)(x, positions, inv_freq, factor, interleaved)
 
 
+def extend(
+    keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, checked: bool = True, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Exact keys and values with new ones behind them; see `ops/extend.py`."""
+    return _of("extend", backend, new_keys)(keys, values, new_keys, new_values, checked)
+
+
 __all__ = [
     "Coded",
     "Coder",
     "Exact",
     "Mask",
+    "Past",
     "Rotation",
     "Spans",
     "Stored",
@@ -147,6 +153,8 @@ __all__ = [
     "decode",
     "decode_tile",
     "encode",
+    "extend",
+    "finite",
     "merge",
     "rotate",
     "rotated_center",

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kvfold import ops
 from kvfold.codecs import Codec
-from kvfold.codecs.base import attend
+from kvfold.codecs.base import Reader
 from kvfold.codes import Codes
 from kvfold.config import RopeSpec
 from kvfold.errors import InputError
@@ -262,7 +262,7 @@ class PagedLayer:
         """Attention `[R, H, Q, D]` over codes that are gathered first."""
         keys, values = self.layout.read(pages, table, lengths)
         rotation = self._rotation(_places(max(lengths), query.device))
-        return attend(query, (self._key, keys), (self._value, values), rotation, mask, softmax_scale, softcap)[0]
+        return Reader((self._key, keys), (self._value, values), rotation).attend(query, mask, softmax_scale, softcap)[0]
 
 
 def _places(count: int, device: torch.device) -> Tensor:

@@ -11,16 +11,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvfold.errors import InputError
 from kvfold.ops import native
-from kvfold.ops.attend.naive import Coded, Exact, Rotation
+from kvfold.ops.attend.naive import Coded, Exact, Past, Rotation
 from kvfold.ops.attend.spans import Mask, Spans
 
-_NOTHING = (None, None, None)
 SKIP = 1e-4  # `KVFOLD_SKIP` sets another; 0 reads every value
 
 
@@ -34,28 +34,25 @@ def attend(
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `naive.attend`; ValueError for a code that names no codeword."""
-    return attend_both(query, key, value, rotation, mask, _NOTHING, softmax_scale, softcap)
+    return attend_both(query, Past(key, value, rotation), mask, None, softmax_scale, softcap)
 
 
 def attend_both(
     query: Tensor,
-    key: Coded,
-    value: Coded,
-    rotation: Rotation | None,
+    past: Past,
     mask: Mask | None,
-    exact: Exact | tuple[None, None, None],
+    exact: Exact | None,
     softmax_scale: float,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `naive.attend_both`, in one call; ValueError for a code that names no codeword."""
-    positions, inv_freq, factor, interleaved = rotation or (None, None, 1.0, False)
-    exact_keys, exact_values, exact_mask = exact
-    run: Callable[..., tuple[Tensor, Tensor]] = _attend_codes if native.eager(query) else torch.ops.kvfold.attend_codes
-    return run(
-        *(query, *_fields(key), *_fields(value)),
-        *(key.center, positions, inv_freq, factor, interleaved, _seen(mask)),
-        *(exact_keys, exact_values, _seen(exact_mask), softmax_scale, softcap or 0.0, _skip()),
-    )
+    exact_keys, exact_values, exact_mask = exact or (None, None, None)
+    given = _seen(mask), exact_keys, exact_values, _seen(exact_mask), softmax_scale, softcap or 0.0, _skip()
+    if native.eager(query):
+        return _attend_past(query, _ready(past), past.value.channels, *given)
+    positions, inv_freq, factor, interleaved = past.rotation or (None, None, 1.0, False)
+    places = past.key.center, positions, inv_freq, factor, interleaved
+    return torch.ops.kvfold.attend_codes(query, *_fields(past.key), *_fields(past.value), *places, *given)
 
 
 def attend_exact(
@@ -131,6 +128,34 @@ def _attend_codes(
     inv_freq: Tensor | None,
     factor: float,
     interleaved: bool,
+    *given: Any,
+) -> tuple[Tensor, Tensor]:
+    key = Coded(key_packed, key_scale, key_codebooks, key_book, key_channels, key_bits, key_center)
+    value = Coded(value_packed, value_scale, value_codebooks, value_book, value_channels, value_bits)
+    rotation = None if positions is None or inv_freq is None else Rotation(positions, inv_freq, factor, interleaved)
+    return _attend_past(query, _ready(Past(key, value, rotation)), value_channels, *given)
+
+
+def _ready(past: Past) -> Any:
+    """The module's `Past`, made anew if codebooks were written to since, or another module is in use."""
+    module, key = native.module(), past.key
+    now = module, native.version(key.codebooks), native.version(past.value.codebooks)
+    if past.ready is None or past.ready[0] != now:
+        positions, inv_freq, factor, interleaved = past.rotation or (None, None, 1.0, False)
+        places = (
+            None if key.center is None else native.dense(key.center, torch.float32),
+            None if positions is None else native.dense(positions, torch.int32),
+            None if inv_freq is None else native.dense(inv_freq, torch.float32),
+        )
+        made = module.Past(*_side(*_fields(key)), *_side(*_fields(past.value)), *places, factor, interleaved)
+        past.ready = now, made
+    return past.ready[1]
+
+
+def _attend_past(
+    query: Tensor,
+    ready: Any,
+    value_channels: Tensor,
     mask: Tensor | None,
     exact_keys: Tensor | None,
     exact_values: Tensor | None,
@@ -139,22 +164,14 @@ def _attend_codes(
     softcap: float,
     skip: float,
 ) -> tuple[Tensor, Tensor]:
-    array, dense = native.array, native.dense
+    array = native.array
     out, lse = _results(query, value_channels.numel(), native.floats)
-    native.module().attend_codes(
-        dense(query, torch.float32),
-        *_side(key_packed, key_scale, key_codebooks, key_book, key_channels, key_bits),
-        *_side(value_packed, value_scale, value_codebooks, value_book, value_channels, value_bits),
-        None if key_center is None else dense(key_center, torch.float32),
-        None if positions is None else dense(positions, torch.int32),
-        None if inv_freq is None else dense(inv_freq, torch.float32),
-        factor,
-        interleaved,
+    ready.attend(
+        _query(query),
         None if mask is None else array(mask),
-        None if exact_keys is None else array(_exact(exact_keys)),
-        None if exact_values is None else array(_exact(exact_values)),
+        None if exact_keys is None else array(_read(exact_keys)),
+        None if exact_values is None else array(_read(exact_values)),
         None if exact_mask is None else array(exact_mask),
-        query.dtype == torch.bfloat16,
         softmax_scale,
         softcap,
         skip,
@@ -193,7 +210,7 @@ def _attend_pages(
     array, dense, longest = native.array, native.dense, max(lengths, default=0)
     out = native.floats(*query.shape[:2], value_channels.numel())
     native.module().attend_pages(
-        dense(query, torch.float32),
+        _query(query),
         array(table.to(torch.int32)),
         array(torch.tensor(lengths, dtype=torch.int32)),
         *_side(key_packed, key_scale, key_codebooks, key_book, key_channels, key_bits),
@@ -203,7 +220,6 @@ def _attend_pages(
         None if inv_freq is None else dense(inv_freq, torch.float32),
         factor,
         interleaved,
-        query.dtype == torch.bfloat16,
         softmax_scale,
         softcap,
         skip,
@@ -216,14 +232,13 @@ def _attend_pages(
 def _attend_exact(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, softmax_scale: float, softcap: float
 ) -> tuple[Tensor, Tensor]:
-    array, dense = native.array, native.dense
+    array = native.array
     out, lse = _results(query, values.shape[-1], native.floats)
     native.module().attend_exact(
-        dense(query, torch.float32),
-        array(_exact(keys)),
-        array(_exact(values)),
+        _query(query),
+        array(_read(keys)),
+        array(_read(values)),
         None if mask is None else array(mask),
-        query.dtype == torch.bfloat16,
         softmax_scale,
         softcap,
         torch.get_num_threads(),
@@ -238,8 +253,12 @@ def _side(packed: Tensor, scale: Tensor, codebooks: Tensor, book: Tensor, channe
     return native.array(packed), native.array(scale), bits, native.books(codebooks, book, channels)
 
 
-def _exact(tensor: Tensor) -> Tensor:
-    """Exact keys or values, of a type that the C++ op reads."""
+def _query(query: Tensor) -> Any:
+    return native.array(_read(query if query.is_contiguous() else query.contiguous()))
+
+
+def _read(tensor: Tensor) -> Tensor:
+    """Queries, exact keys or values, of a type that the C++ op reads."""
     return tensor if tensor.dtype in (torch.float32, torch.bfloat16) else tensor.float()
 
 

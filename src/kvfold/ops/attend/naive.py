@@ -8,7 +8,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,6 +52,17 @@ class Rotation(NamedTuple):
     def slice(self, start: int, stop: int) -> Rotation:
         """Of tokens `start..stop-1`."""
         return self._replace(positions=self.positions[:, start:stop])
+
+
+@dataclass(eq=False)
+class Past:
+    """Coded keys and values, and how the keys are rotated (None if the codes hold rotated keys), that queries come to again and
+    again; `ready` is what a backend keeps of them from one time to the next."""
+
+    key: Coded
+    value: Coded
+    rotation: Rotation | None = None
+    ready: Any = field(default=None, repr=False)
 
 
 class Exact(NamedTuple):
@@ -115,16 +127,16 @@ def attend_both(
     attend: Callable,
     attend_exact: Callable,
     query: Tensor,
-    key: Coded,
-    value: Coded,
-    rotation: Rotation | None,
+    past: Past,
     mask: Mask | None,
-    exact: Exact,
+    exact: Exact | None,
     softmax_scale: float,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`attend` and `attend_exact`, joined: attention over coded tokens and exact ones. One call where a backend has it."""
-    coded = attend(query, key, value, rotation, mask, softmax_scale, softcap)
+    """`attend` and `attend_exact`, joined: over coded tokens and exact ones, if any. One call where a backend has it."""
+    coded = attend(query, past.key, past.value, past.rotation, mask, softmax_scale, softcap)
+    if exact is None:
+        return coded
     return merge([coded, attend_exact(query, exact.keys, exact.values, exact.mask, softmax_scale, softcap)])
 
 
