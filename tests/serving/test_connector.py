@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from served import answer
+from served import agreement, answer
 
 from kvfold.calibrate.text import builtin_text
 from kvfold.integration.models import load_model
@@ -65,9 +65,7 @@ def test_answers_are_kept_too_and_other_prompts_share_prefixes(codec: Path, prom
     told = [prompt + said for prompt, said in zip(prompts[20:24], first["tokens"][0], strict=True)]
     assert len(files(tmp_path)) == sum((len(ids) - 1) // 32 for ids in told)  # the last token said was not read yet
     again = [*told, prompts[20][:64] + prompts[30]]
-    want = answer(codec, again)
-    got = answer(codec, again, engine=connector(tmp_path))
-    assert sum(a == b for a, b in zip(got["tokens"][0], want["tokens"][0], strict=True)) >= len(again) - 1
+    assert agreement(codec, again, answer(codec, again, engine=connector(tmp_path))) >= 0.85
 
 
 def test_damaged_files_are_computed_anew(codec: Path, prompts: list[list[int]], tmp_path: Path) -> None:
