@@ -91,21 +91,6 @@ struct RopeCall {
   int threads;
 };
 
-// Tokens [batch, heads, tokens, dim] with strides in elements, entries of a token side by side.
-struct Tokens {
-  const void* data;
-  int64_t tokens, batch_stride, head_stride, token_stride;
-};
-
-// `added` behind `held`: out [batch, heads, tokens of both, dim], dense. Numbers are `wide` bytes, 2 or 4, and have all bits of
-// `exponent` if they are NaN or Inf.
-struct ExtendCall {
-  Tokens held, added;
-  void* out;
-  int64_t batch, heads, dim, wide;
-  uint32_t exponent;
-};
-
 struct DecodeCall {
   const int32_t* codes;
   float* vectors;
@@ -173,8 +158,6 @@ void encode(const EncodeCall&);
 void code(const CodeCall* calls, int64_t count, bool checked, int threads);
 void decode(const DecodeCall&);
 void unrotate(const RopeCall&);
-// Calls of one number of tokens each; whether all that was added is finite.
-bool extend(const ExtendCall* calls, int64_t count, int threads);
 void attend(const AttendCall&);
 // Attends to further keys with the same queries; the results of `before`, which is done, become those of the keys of both.
 void attend_too(const AttendCall& call, const AttendCall& before);

@@ -68,41 +68,6 @@ void unrotate_arrays(const Array<const float>& x, const Array<const int32_t>& po
   unrotate(call);
 }
 
-using Dense = nb::ndarray<nb::ro, nb::device::cpu>;
-
-Tokens tokens_of(const Dense& x, int64_t batch, int64_t heads, int64_t dim, const char* what) {
-  require_shape(x, {batch, heads, static_cast<int64_t>(x.shape(2)), dim}, what);
-  require(x.size() == 0 || dim == 1 || x.stride(3) == 1, "keys or values with gaps within a token");
-  return {x.data(), static_cast<int64_t>(x.shape(2)), x.stride(0), x.stride(1), x.stride(2)};
-}
-
-ExtendCall extend_call(const Dense& held, const Dense& added, const nb::ndarray<nb::device::cpu>& out) {
-  require(held.ndim() == 4 && added.ndim() == 4, "keys or values [B, G, T, D]");
-  const auto type = added.dtype();
-  require(held.dtype() == type && out.dtype() == type, "exact tokens of one type");
-  const bool single = type == nb::dtype<float>();
-  require(single || is_half(type) || is_bfloat16(type), "exact tokens of float32, float16 or bfloat16");
-  const int64_t batch = added.shape(0), heads = added.shape(1), dim = added.shape(3);
-  ExtendCall call{};
-  call.held = tokens_of(held, batch, heads, dim, "held tokens, not [B, G, E, D] of the new ones");
-  call.added = tokens_of(added, batch, heads, dim, "new tokens, not [B, G, Q, D]");
-  require_shape(out, {batch, heads, call.held.tokens + call.added.tokens, dim}, "out, not that of held and new tokens");
-  require_dense(out, "out");
-  call.out = out.data();
-  call.batch = batch, call.heads = heads, call.dim = dim, call.wide = single ? 4 : 2;
-  call.exponent = single ? 0x7f800000u : is_half(type) ? 0x7c00u : 0x7f80u;
-  return call;
-}
-
-bool extend_arrays(const Dense& held_keys, const Dense& new_keys, const nb::ndarray<nb::device::cpu>& keys, const Dense& held_values,
-                   const Dense& new_values, const nb::ndarray<nb::device::cpu>& values, int threads) {
-  const ExtendCall calls[] = {extend_call(held_keys, new_keys, keys), extend_call(held_values, new_values, values)};
-  require(calls[0].batch == calls[1].batch && calls[0].heads == calls[1].heads && calls[0].added.tokens == calls[1].added.tokens,
-          "as many new keys as values");
-  nb::gil_scoped_release free;
-  return extend(calls, 2, threads);
-}
-
 // Reads memory once and returns a sum of it: what no attention over that memory can be faster than.
 uint64_t read_array(const Array<const uint8_t>& bytes, int threads) {
   require_dense(bytes, "bytes");
@@ -168,7 +133,6 @@ NB_MODULE(KV_MODULE, m) {
   m.def("encode", &encode_arrays);
   m.def("decode", &decode_arrays);
   m.def("unrotate", &unrotate_arrays);
-  m.def("extend", &extend_arrays);
   bind_coding(m);
   bind_attention(m);
   m.def("read", &read_array, "bytes"_a, "threads"_a);

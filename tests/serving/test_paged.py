@@ -8,7 +8,7 @@ from small import fit, samples
 from torch import Tensor
 
 from kvfold import ops
-from kvfold.codecs.base import attend
+from kvfold.codecs.base import Reader
 from kvfold.codecs.turboquant import TurboQuantCodec
 from kvfold.config import RopeSpec
 from kvfold.errors import InputError
@@ -40,7 +40,8 @@ def expected(layer: PagedLayer, query: Tensor, keys: Tensor, values: Tensor) -> 
     coded = layer._key.encode(placed if turn is None else layer._key.unplace(placed, turn))
     slot, last = torch.arange(tokens), torch.arange(tokens - count, tokens)[:, None]
     sides = (layer._key, coded), (layer._value, layer._value.encode(values.transpose(0, 1)[None]))
-    return attend(query.transpose(0, 1)[None], *sides, turn, (slot <= last)[None, None], 0.25, None)[0][0].transpose(0, 1)
+    reader, seen = Reader(*sides, turn), (slot <= last)[None, None]
+    return reader.attend(query.transpose(0, 1)[None], seen, 0.25, None)[0][0].transpose(0, 1)
 
 
 def test_rows_of_a_mixed_batch_read_their_own_pages(layer: PagedLayer) -> None:

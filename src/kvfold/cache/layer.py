@@ -21,10 +21,11 @@ from kvfold.cache.past import CodedPast
 from kvfold.cache.positions import Positions
 from kvfold.cache.view import CacheView, CodedPiece
 from kvfold.codecs import Codec
+from kvfold.codecs.base import finite
 from kvfold.codes import Codes
 from kvfold.compat import CacheLayerMixin
 from kvfold.config import RopeSpec
-from kvfold.errors import InputError
+from kvfold.errors import InputError, non_finite
 
 
 class CodedLayer(CacheLayerMixin):
@@ -101,16 +102,20 @@ class CodedLayer(CacheLayerMixin):
                 f"{heads} of dim {dim}",
                 "use the codec with the model it was calibrated for",
             )
-        late, held = asks_late(key_states), self.exact or {"keys": key_states[:, :, :0], "values": value_states[:, :, :0]}
-        if late:
+        if asks_late(key_states):
             self.finite = torch.isfinite(key_states).all() & torch.isfinite(value_states).all()
-        keys, values = ops.extend(held["keys"], held["values"], key_states, value_states, checked=not late)
+        elif not finite(key_states, value_states):
+            raise non_finite()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        old, before = self.length, self.coded
+        old, before, held = self.length, self.coded, self.exact
         self._positions.commit(old + queries, batch)
-        self._undo = (old, before, self._tail_start, self.exact)
-        self.length, self.exact = old + queries, {"keys": keys, "values": values}
+        self._undo = (old, before, self._tail_start, held)
+        self.length = old + queries
+        self.exact = {
+            "keys": torch.cat((held["keys"], key_states), 2),
+            "values": torch.cat((held["values"], value_states), 2),
+        }
         self.encode_until(self._boundary(self.length))
         boundaries = self._boundaries(old, before) if queries > 1 and self.coded > before else None
         if not self.record_past and boundaries is None:

@@ -147,11 +147,12 @@ class Positions:
 
 def _runs(positions: Tensor, slot: int, regime: int) -> list[_Run]:
     """Cut `positions [B, Q]` greedily into runs of constant step 0 or 1 in every row."""
-    queries = positions.shape[1]
+    queries, one = positions.shape[1], torch.ones_like(positions[:, 0])
+    if queries == 1:
+        return [_Run(slot, 1, positions[:, 0].clone(), one, regime)]
     step = positions.diff(dim=1)
     allowed = ((step == 0) | (step == 1)).all(0).tolist()
     unchanged = [True, *(step[:, 1:] == step[:, :-1]).all(0).tolist()]
-    one = torch.ones_like(positions[:, 0])
     runs, start = [], 0
     for index in range(1, queries + 1):
         joins = index < queries and allowed[index - 1] and (index - 1 == start or unchanged[index - 1])

@@ -12,7 +12,6 @@ from kvfold.ops.attend.spans import Mask, Spans
 from kvfold.ops.dispatch import available_backends, select
 from kvfold.ops.encode.code import scaled_groups
 from kvfold.ops.encode.pages import Coder, Stored
-from kvfold.ops.extend import finite
 from kvfold.ops.merge import merge
 from kvfold.ops.rope import rotate
 
@@ -125,13 +124,6 @@ def unrotate(
     return _of("unrotate", backend, x)(x, positions, inv_freq, factor, interleaved)
 
 
-def extend(
-    keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, checked: bool = True, backend: str | None = None
-) -> tuple[Tensor, Tensor]:
-    """Exact keys and values with new ones behind them; see `ops/extend.py`."""
-    return _of("extend", backend, new_keys)(keys, values, new_keys, new_values, checked)
-
-
 __all__ = [
     "Coded",
     "Coder",
@@ -153,8 +145,6 @@ __all__ = [
     "decode",
     "decode_tile",
     "encode",
-    "extend",
-    "finite",
     "merge",
     "rotate",
     "rotated_center",

@@ -17,7 +17,7 @@ from functools import cache, partial
 import torch
 
 from kvfold.errors import InputError
-from kvfold.ops import extend, native, rope
+from kvfold.ops import native, rope
 from kvfold.ops.attend import cpu as cpu_attend
 from kvfold.ops.attend import naive as naive_attend
 from kvfold.ops.attend import pages
@@ -36,7 +36,6 @@ _BACKENDS: dict[str, dict[str, Callable]] = {
         "code_pages": partial(code_pages, partial(code, naive_encode.encode)),
         "decode": naive_decode.decode,
         "unrotate": rope.unrotate,
-        "extend": extend.extend,
         "attend": naive_attend.attend,
         "attend_exact": naive_attend.attend_exact,
         "attend_both": partial(naive_attend.attend_both, naive_attend.attend, naive_attend.attend_exact),
@@ -48,7 +47,6 @@ _BACKENDS: dict[str, dict[str, Callable]] = {
         "code_pages": cpu_encode.code_pages,
         "decode": cpu_decode.decode,
         "unrotate": rope.unrotate_cpu,
-        "extend": extend.extend_cpu,
         "attend": cpu_attend.attend,
         "attend_exact": cpu_attend.attend_exact,
         "attend_both": cpu_attend.attend_both,
@@ -96,13 +94,7 @@ def _missing(name: str) -> str | None:
 def _gpu() -> dict[str, Callable]:
     """Imported when first needed: Triton takes a second, and has to know by then whether it is to interpret."""
     encode, decode, attend = (importlib.import_module(f"kvfold.ops.{op}.gpu") for op in ("encode", "decode", "attend"))
-    found = {
-        "encode": encode.encode,
-        "decode": decode.decode,
-        "attend": attend.attend,
-        "unrotate": rope.unrotate,
-        "extend": extend.extend,
-    }
+    found = {"encode": encode.encode, "decode": decode.decode, "attend": attend.attend, "unrotate": rope.unrotate}
     found |= {"attend_pages": partial(pages.attend_pages, attend.attend), "code": encode.code}
     found["code_pages"] = partial(code_pages, encode.code)
     exact = naive_attend.attend_exact  # exact tokens are few: PyTorch's own products
