@@ -4,7 +4,6 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <numeric>
 #include <stdexcept>
 #include <utility>
 
@@ -34,27 +33,25 @@ std::vector<float> longest_vectors(const Books& books, const std::vector<float>&
 // The factor by which a float32 sum of `terms` positive products may be too small, at most.
 float rounded_up(int64_t terms) { return 1 + static_cast<float>(terms + 2) * 1.2e-7f; }
 
-// Rows `[count][dim]` turned: entry j of all rows side by side, `[dim][width]`, row `order[c]` in place c; 0 where there is none (-1).
-// `width` is a multiple of `lanes`.
-void turn(const float* rows, int64_t dim, const int32_t* order, int64_t width, float* out) {
-  const int64_t whole = dim / lanes * lanes;
+// Codebook m turned: entry j of all codewords side by side, `[dim][padded size]`, codeword `order[c]` in place c, or c itself without an
+// order; 0 where there is none (-1).
+void turn(const Books& books, int64_t m, float* out, const int32_t* order = nullptr) {
+  const int64_t dim = books.dim, whole = dim / lanes * lanes, width = books.padded_size();
   for (int64_t c = 0; c < width; c += lanes) {
+    const float* rows[lanes];
+    for (int i = 0; i < lanes; i++) {
+      const int64_t of = order ? order[c + i] : c + i < books.size ? c + i : -1;
+      rows[i] = of < 0 ? nullptr : books.table(m) + of * dim;
+    }
     for (int64_t j = 0; j < whole; j += lanes) {
       vf square[lanes];
-      for (int i = 0; i < lanes; i++) square[i] = order[c + i] < 0 ? vf{} : load(rows + order[c + i] * dim + j);
+      for (int i = 0; i < lanes; i++) square[i] = rows[i] ? load(rows[i] + j) : vf{};
       transpose(square);
       for (int i = 0; i < lanes; i++) store(out + (j + i) * width + c, square[i]);
     }
     for (int64_t j = whole; j < dim; j++)
-      for (int i = 0; i < lanes; i++) out[j * width + c + i] = order[c + i] < 0 ? 0.0f : rows[order[c + i] * dim + j];
+      for (int i = 0; i < lanes; i++) out[j * width + c + i] = rows[i] ? rows[i][j] : 0.0f;
   }
-}
-
-// 0, 1, 2, ... count - 1, then -1 up to `width`: what turns rows and keeps their order.
-std::vector<int32_t> in_order(int64_t count, int64_t width) {
-  std::vector<int32_t> order(width, -1);
-  std::iota(order.begin(), order.begin() + count, 0);
-  return order;
 }
 
 // Of rows that are turned, the squared length, summed in the order of the entries.
@@ -114,11 +111,10 @@ Books::Pairs make_pairs(const Books& books) {
   Books::Pairs made;
   made.pairs = (dim + 1) / 2;
   made.values.assign(books.count * made.pairs * padded * 2, 0);
-  const std::vector<int32_t> order = in_order(books.size, padded);
   std::vector<float> turned(dim * padded), square(padded);
   float longest = 0;
   for (int64_t m = 0; m < books.count; m++) {
-    turn(books.table(m), dim, order.data(), padded, turned.data());
+    turn(books, m, turned.data());
     vf most{};
     for (size_t i = 0; i < turned.size(); i += lanes) most = larger(most, larger(load(&turned[i]), -load(&turned[i])));
     float largest = 0;
@@ -151,12 +147,11 @@ Books::Tiles make_tiles(const Books& books) {
   made.rounding = static_cast<float>(3 * unit);
   const float shrink = static_cast<float>(1.003 / 512 + 3 * unit);  // a vector's entries change by 2^-9 at most
   std::vector<float> turned(made.parts * 32 * padded, 0.0f), lost(padded);
-  const std::vector<int32_t> as_they_are = in_order(books.size, padded);
   std::vector<int32_t> order(padded);
   std::vector<std::pair<float, int32_t>> slopes(books.size);
   for (int64_t m = 0; m < books.count; m++) {
     const float* half_norms = books.half_norms.data() + m * padded;
-    turn(books.table(m), dim, as_they_are.data(), padded, turned.data());
+    turn(books, m, turned.data());
     for (float& x : turned) x -= from_bfloat16(to_bfloat16(x));
     squares(turned.data(), dim, padded, lost.data());
     for (int64_t c = 0; c < books.size; c++)
@@ -172,7 +167,7 @@ Books::Tiles make_tiles(const Books& books) {
       made.names[m * padded + place] = static_cast<uint16_t>(c);
       made.slope[m * sets + set] = slopes[rank].first;  // they ascend
     }
-    turn(books.table(m), dim, order.data(), padded, turned.data());
+    turn(books, m, turned.data(), order.data());
     for (int64_t j = 0; j < dim; j++)
       for (int64_t tile = 0; tile < padded / 16; tile++) {
         const float* from = turned.data() + j * padded + tile * 16;
@@ -190,10 +185,9 @@ Books::Splits make_splits(const Books& books) {
   const int64_t padded = books.padded_size();
   made.parts = books.dim / 16, made.bunches = padded / 32, made.terms = exact ? 1 : 2;
   made.halves.resize(books.count * made.bunches * made.parts * made.terms * 512);
-  const std::vector<int32_t> order = in_order(books.size, padded);
   std::vector<float> turned(books.dim * padded);
   for (int64_t m = 0; m < books.count; m++) {
-    turn(books.table(m), books.dim, order.data(), padded, turned.data());
+    turn(books, m, turned.data());
     for (int64_t term = 0; term < made.terms; term++)
       for (int64_t bunch = 0; bunch < made.bunches; bunch++)
         for (int64_t j = 0; j < books.dim; j++) {
@@ -237,10 +231,9 @@ Books::Books(const float* codebooks, int64_t count, int64_t size, int64_t dim, c
   }
   const int64_t padded = padded_size();
   half_norms.assign(this->count * padded, std::numeric_limits<float>::infinity());
-  const std::vector<int32_t> order = in_order(size, padded);
   std::vector<float> longest_square(this->count), turned(dim * padded), square(padded);
   for (int64_t m = 0; m < this->count; m++) {
-    turn(table(m), dim, order.data(), padded, turned.data());
+    turn(*this, m, turned.data());
     squares(turned.data(), dim, padded, square.data());
     longest_square[m] = *std::max_element(square.begin(), square.end()) * rounded_up(dim);
     for (int64_t c = 0; c < size; c++) half_norms[m * padded + c] = square[c] * 0.5f;
@@ -251,8 +244,7 @@ Books::Books(const float* codebooks, int64_t count, int64_t size, int64_t dim, c
 const float* Books::columns(int64_t m) const {
   std::call_once(columns_made, [this] {
     columns_.resize(count * dim * padded_size());
-    const std::vector<int32_t> order = in_order(size, padded_size());
-    for (int64_t i = 0; i < count; i++) turn(table(i), dim, order.data(), padded_size(), columns_.data() + i * dim * padded_size());
+    for (int64_t i = 0; i < count; i++) turn(*this, i, columns_.data() + i * dim * padded_size());
   });
   return columns_.data() + m * dim * padded_size();
 }
@@ -260,12 +252,10 @@ const float* Books::columns(int64_t m) const {
 const uint16_t* Books::halves() const {
   std::call_once(halves_made, [this] {
     Aligned<uint16_t> made(rows.size());
-    bool exact = true;
     for (size_t i = 0; i < rows.size(); i++) {
       made[i] = to_half(rows[i]);
-      exact &= half_to_float(made[i]) == rows[i];
+      if (half_to_float(made[i]) != rows[i]) return;
     }
-    if (!exact) return;
     halves_ = std::move(made);
   });
   return halves_.empty() ? nullptr : halves_.data();

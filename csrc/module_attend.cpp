@@ -46,37 +46,41 @@ Side dense_side(const Dense& vectors, int64_t batch, int64_t heads, int64_t toke
   return side;
 }
 
-// Queries as float32: what came in bfloat16 is widened.
+// Queries as they came, and in float32: bfloat16 is widened.
 struct Queries {
-  const float* data;
+  const Dense& given;
   bool half;
-  Aligned<float> wide;
+  const float* data;
 
-  Queries(const Dense& query, int threads) : data(static_cast<const float*>(query.data())), half(is_bfloat16(query.dtype())) {
+  Queries(const Dense& query, int threads) : given(query), half(is_bfloat16(query.dtype())), data(static_cast<const float*>(query.data())) {
     require(half || query.dtype() == nb::dtype<float>(), "query of float32 or bfloat16");
     require_dense(query, "query");
     if (!half) return;
     constexpr int64_t kPiece = 1 << 16;
     const auto* from = static_cast<const uint16_t*>(query.data());
     const int64_t size = static_cast<int64_t>(query.size());
-    wide.resize(size);
+    wide_.resize(size);
     parallel_for(threads, (size + kPiece - 1) / kPiece, [&](int64_t piece) {
-      for (int64_t i = piece * kPiece; i < std::min(size, (piece + 1) * kPiece); i++) wide[i] = from_bfloat16(from[i]);
+      for (int64_t i = piece * kPiece; i < std::min(size, (piece + 1) * kPiece); i++) wide_[i] = from_bfloat16(from[i]);
     });
-    data = wide.data();
+    data = wide_.data();
   }
+
+ private:
+  Aligned<float> wide_;
 };
 
 using Mask = std::optional<nb::ndarray<nb::ro, nb::device::cpu>>;  // uint8, a mask, or int32, the bounds of spans
 
 // The queries of `call`, which knows the keys, and its mask.
-void place_query(AttendCall& call, const Dense& query, const Queries& queries_read, const Mask& mask) {
+void place_query(AttendCall& call, const Queries& read, const Mask& mask) {
+  const Dense& query = read.given;
   require(query.ndim() == 4, "query [B, H, Q, D]");
   const int64_t batch = call.batch, heads = query.shape(1), queries = query.shape(2);
   require_shape(query, {batch, heads, queries, call.key.dim}, "query, not [B, H, Q, D] of the keys");
   require(call.kv_heads > 0 && heads % call.kv_heads == 0, "query heads, no multiple of KV heads");
-  call.query = queries_read.data;
-  call.half = queries_read.half;
+  call.query = read.data;
+  call.half = read.half;
   call.shared = heads / call.kv_heads;
   call.queries = queries;
   if (mask && mask->dtype() == nb::dtype<int32_t>()) {
@@ -171,14 +175,14 @@ class Past {
     call.softcap = softcap;
     call.skip = skip;
     call.threads = threads;
-    place_query(call, query, queries, mask);
+    place_query(call, queries, mask);
     place_results(call, out, lse);
     require(exact_keys.has_value() == exact_values.has_value(), "exact keys and values together");
     std::optional<AttendCall> exact;
     if (exact_keys) {
       exact = exact_call(*exact_keys, *exact_values, softmax_scale, softcap, threads);
       require(exact->kv_heads == call.kv_heads && exact->value.dim == call.value.dim, "exact keys and values unlike the coded ones");
-      place_query(*exact, query, queries, exact_mask);
+      place_query(*exact, queries, exact_mask);
     }
     if (lse.size() == 0) return;
     nb::gil_scoped_release free;
@@ -254,7 +258,7 @@ void attend_exact(const Dense& query, const Dense& keys, const Dense& values, co
                   int threads, const Array<float>& out, const Array<float>& lse) {
   const Queries queries(query, threads);
   AttendCall call = exact_call(keys, values, softmax_scale, softcap, threads);
-  place_query(call, query, queries, mask);
+  place_query(call, queries, mask);
   place_results(call, out, lse);
   if (lse.size() == 0) return;
   nb::gil_scoped_release free;

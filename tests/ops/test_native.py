@@ -338,7 +338,7 @@ def test_the_number_of_threads_changes_nothing() -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_a_past_is_read_again_and_again(isa: str) -> None:
+def test_a_past_is_read_again_and_again() -> None:
     """By other queries and in other types; codebooks that were written to since are read anew."""
     key, value = coded(1, 2, 600, 64, strided=True), coded(1, 2, 600, 64)
     past = ops.Past(key, value, rotation(600, 64))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from served import agreement, answer
+from served import answer
 
 from kvfold.calibrate.text import builtin_text
 from kvfold.integration.models import load_model
@@ -65,7 +65,9 @@ def test_answers_are_kept_too_and_other_prompts_share_prefixes(codec: Path, prom
     told = [prompt + said for prompt, said in zip(prompts[20:24], first["tokens"][0], strict=True)]
     assert len(files(tmp_path)) == sum((len(ids) - 1) // 32 for ids in told)  # the last token said was not read yet
     again = [*told, prompts[20][:64] + prompts[30]]
-    assert agreement(codec, again, answer(codec, again, engine=connector(tmp_path))) >= 0.85
+    # To the word what an engine says that kept them in its own memory; without any, products of other shapes round otherwise.
+    want = answer(codec, again, engine={"block_size": 32, "enable_prefix_caching": True}, before=[prompts[20:24], 60])
+    assert answer(codec, again, engine=connector(tmp_path))["tokens"] == want["tokens"]
 
 
 def test_damaged_files_are_computed_anew(codec: Path, prompts: list[list[int]], tmp_path: Path) -> None:
@@ -87,9 +89,10 @@ def test_the_limit_holds(codec: Path, prompts: list[list[int]], tmp_path: Path) 
 def test_three_processes_keep_their_heads(codec: Path, prompts: list[list[int]], tmp_path: Path) -> None:
     bound = {"VLLM_CPU_OMP_THREADS_BIND": "0|0|1"}
     engine = {**connector(tmp_path), "tensor_parallel_size": 3}
-    answer(codec, prompts[40:42], env=bound, engine=engine)
+    first = answer(codec, prompts[40:42], env=bound, engine=engine, rounds=2)  # the second from vLLM's own cache
     assert len({file.name.split(".")[1] for file in files(tmp_path)}) == 3
-    assert agreement(codec, prompts[40:42], answer(codec, prompts[40:42], env=bound, engine=engine)) >= 0.85
+    second = answer(codec, prompts[40:42], env=bound, engine=engine)
+    assert second["tokens"][0] == first["tokens"][1]
 
 
 def test_without_a_codec_or_a_folder_it_refuses(codec: Path, prompts: list[list[int]], tmp_path: Path) -> None:

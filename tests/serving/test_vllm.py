@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from served import NEW, agreement, answer
+from served import NEW, answer
 
 import kvfold
 from kvfold.integration.models import load_model
@@ -19,6 +19,18 @@ pytestmark = pytest.mark.vllm
 @pytest.fixture(scope="module")
 def served(codec: Path, prompts: list[list[int]]) -> dict[str, Any]:
     return answer(codec, prompts)
+
+
+def agreement(codec: Path, prompts: list[list[int]], served: dict[str, Any]) -> float:
+    """Of what vLLM said, read by transformers through `CompressedCache(sinks=0, window=0)`: the share of tokens that are the
+    likeliest there too."""
+    model, _ = load_model("smollm2")
+    likeliest = 0
+    with torch.no_grad(), kvfold.attach(model, kvfold.load(codec), sinks=0, window=0):
+        for ids, tokens in zip(prompts, served["tokens"][0], strict=False):
+            logits = model(input_ids=torch.tensor([ids + tokens[:-1]]), use_cache=True).logits[0, len(ids) - 1 :]
+            likeliest += int((logits.argmax(-1) == torch.tensor(tokens)).sum())
+    return likeliest / (len(served["tokens"][0]) * NEW)
 
 
 def test_what_is_said_is_what_transformers_says(codec: Path, prompts: list[list[int]], served: dict[str, Any]) -> None:

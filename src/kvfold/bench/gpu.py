@@ -115,7 +115,8 @@ def _attend(
         settings = resolve_settings("kivi", {"bits": 2, "group": 32}, query.shape[-1])
         codecs = [build_codec("kivi", side, query.shape[-1], settings) for side in ("key", "value")]
         coded = [(codec, codec.encode(x.float())) for codec, x in zip(codecs, (keys, values), strict=True)]
-        ways["kivi2_ms"] = lambda: Reader(coded[0], coded[1], None).attend(query, None, scale, None)
+        reader = Reader(coded[0], coded[1], None)
+        ways["kivi2_ms"] = lambda: reader.attend(query, None, scale, None)
     times = timed(ways, repeats, query.device)
     sdpa = min(times.pop("gqa"), times.pop("grouped"))
     error = worst_error(out, right)
